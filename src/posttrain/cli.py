@@ -1,0 +1,272 @@
+"""The command line: `posttrain demo | run | train | sample | evaluate | chat | report | methods | doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.errors import ConfigError, PosttrainError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Post-train language models: supervised fine-tuning, preferences, and reinforcement learning.\n\n"
+    "Start with `posttrain demo`: a whole run, from a base model to a reasoner, in minutes on two cores.",
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")]
+Data = Annotated[str | None, typer.Option("--data", "-d", help="Rows: a file (JSONL, JSON, CSV, Parquet), a datasets folder or hub name.")]
+TaskOption = Annotated[str | None, typer.Option("--task", "-t", help="A task: word-problems, gsm8k, gym:<data set>.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; running again continues there.")]
+Count = Annotated[int | None, typer.Option("--count", "-n", help="How many rows or questions.")]
+Map = Annotated[list[str] | None, typer.Option("--map", help="Rename a column: new=old (repeat for more).")]
+Rewards = Annotated[list[str] | None, typer.Option("--reward", "-r", help="A reward: file.py:function (repeat for more).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+Options = Annotated[list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")]
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    small: Annotated[bool, typer.Option("--small", help="A few steps only: shows the way, proves nothing.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Base model, cold start on 100 demonstrations, then GRPO with a verifier: minutes on two cores.
+
+    Example: `posttrain demo --out runs/demo`, then open runs/demo/report.html.
+    """
+    _run("word-problems", out or Path("runs/demo"), small=small, changes={"seed": seed}, quiet=quiet)
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[str | None, typer.Argument(help="The name of a shipped recipe, or a YAML file.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="path=value changes, for instance stages.rl.run.steps=20.")] = None,
+    out: Out = None,
+    small: Annotated[bool, typer.Option("--small", help="The recipe's small form: minutes on two cores, too short for a claim.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="The recipes that ship.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: as JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: a pipeline of named stages. Running it again does what is not done yet.
+
+    Examples: `posttrain run --list`, `posttrain run word-problems --out runs/wp`, `posttrain run my.yaml seed=1`.
+    """
+    from posttrain.catalogue import recipes
+
+    if list_ or recipe is None:
+        rows = recipes()
+        print(json.dumps(rows, indent=1)) if as_json else _table(rows, ("name", "shows", "minutes"))
+        return
+    from posttrain.options import parsed
+
+    changes = parsed(settings or [])
+    _run(recipe, out or Path("runs") / Path(recipe).stem, small=small, changes=changes, quiet=quiet)
+
+
+def _run(recipe: str, out: Path, *, small: bool, changes: dict[str, Any], quiet: bool) -> None:
+    from posttrain.pipeline import run_recipe
+    from posttrain.recipe import load_recipe
+
+    report = run_recipe(load_recipe(recipe, small=small, changes=changes), out, quiet=quiet)
+    if not quiet:
+        from posttrain.report.summary import read_summary
+
+        numbers = read_summary(out)["evaluations"]
+        rows = [{**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"} for n in numbers]
+        if rows:
+            _table(rows, ("model", "metric", "value", "interval", "n"))
+        print(f"The report: {report}")
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(help="A method (see `posttrain methods`), or your own as file.py:Class.")],
+    settings: Options = None,
+    model: Model = "tiny",
+    data: Data = None,
+    task: TaskOption = None,
+    count: Count = None,
+    map_: Map = None,
+    reward: Rewards = None,
+    out: Out = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter (extra 'peft'); lora.r=16 sets its fields.")] = False,
+    own: Annotated[str | None, typer.Option("--method", help="Your own method as file.py:Class; METHOD is then its name in reports.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train one stage. key=value sets any field of the method, the run, its optimizer or its sampling.
+
+    Examples: `posttrain train sft -m tiny -d rows.jsonl epochs=3`; `posttrain train grpo -m runs/sft/model -t word-problems steps=100`;
+    `posttrain train dpo -m smollm2 -d pairs.jsonl beta=0.2 --lora`.
+    """
+    from posttrain.quick import training_run
+    from posttrain.run import train as start
+
+    run = training_run(
+        own or method,
+        settings=settings or [],
+        model=model,
+        data=data,
+        task=task,
+        count=count,
+        rename=map_ or [],
+        rewards=reward or [],
+        out=out or Path("runs") / Path(method).stem,
+        lora=lora,
+        quiet=quiet,
+    )
+    result = start(run)
+    if not quiet:
+        print(f"The model: {result.model}   ({result.steps} steps, {result.seconds:.0f} s)")
+
+
+@app.command()
+def sample(
+    model: Model = "tiny",
+    data: Data = None,
+    task: TaskOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One question in place of a file.")] = None,
+    count: Count = None,
+    samples: Annotated[int, typer.Option("--samples", "-k", help="Answers to each prompt.")] = 1,
+    settings: Options = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file; standard output when left out.")] = None,
+    seed: int = 0,
+) -> None:
+    """Write answers to prompts as JSONL, with log-probabilities and, for a task, the verdict.
+
+    Examples: `posttrain sample -m runs/rl/model -p "What is 2 + 3?"`; `posttrain sample -t word-problems -n 20 -k 4 temperature=0.7`.
+    """
+    from posttrain.quick import write_samples
+
+    write_samples(
+        model=model, data=data, task=task, prompt=prompt, count=count, samples=samples, settings=settings or [], out=out, seed=seed
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model = "tiny",
+    task: TaskOption = "word-problems",
+    data: Data = None,
+    count: Count = 200,
+    samples: Annotated[int, typer.Option("--samples", "-k", help="Also mean@k and pass@k over k sampled answers.")] = 0,
+    split: str = "test",
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    seed: int = 0,
+) -> None:
+    """Accuracy of a model on a task with 95 % intervals.
+
+    Examples: `posttrain evaluate -m runs/demo/rl/model -n 500 -k 8`; `posttrain evaluate -m smollm2 -t gsm8k -d test.jsonl`.
+    """
+    from posttrain.quick import evaluated
+
+    outcome = evaluated(model=model, task=task or "word-problems", data=data, count=count, samples=samples, split=split, seed=seed)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "evaluation.json").write_text(json.dumps(outcome.numbers, indent=1), encoding="utf-8")
+        lines = [json.dumps(record, ensure_ascii=False) for record in outcome.records]
+        (out / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(outcome.numbers, indent=1))
+        return
+    rows = [{**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"} for n in outcome.numbers]
+    _table(rows, ("metric", "value", "interval", "n"))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")] = "tiny",
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    temperature: float = 0.7,
+    max_tokens: int = 256,
+    seed: int = 0,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends.
+
+    Example: `posttrain chat runs/demo/rl/model`.
+    """
+    from posttrain.quick import talk
+
+    talk(model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run folder again, from the files that lie there.
+
+    Example: `posttrain report runs/demo`.
+    """
+    from posttrain.report.page import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON: name, kind, family, title, arXiv id, file.")] = False,
+    name: Annotated[str | None, typer.Argument(help="One method: its docstring and its options.")] = None,
+) -> None:
+    """The methods, recipes and evaluations of this library with their sources.
+
+    Examples: `posttrain methods`, `posttrain methods dpo`, `posttrain methods --json`.
+    """
+    from posttrain.catalogue import catalogue, described
+
+    if name is not None:
+        print(described(name))
+        return
+    rows = catalogue()
+    print(json.dumps(rows, indent=1)) if as_json else _table(rows, ("name", "kind", "family", "title", "arxiv"))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="'tiny', 'smollm2', a model folder or a hub name.")],
+    data: Annotated[str | None, typer.Argument(help="A file of rows.")] = None,
+    task: TaskOption = None,
+    map_: Map = None,
+    show: Annotated[int, typer.Option(help="How many rendered rows to show.")] = 3,
+) -> None:
+    """Render examples in colour and say what is wrong before a run does.
+
+    Example: `posttrain doctor smollm2 rows.jsonl`.
+    """
+    from posttrain.quick import examined
+
+    raise typer.Exit(examined(model, data=data, task=task, rename=map_ or [], show=show))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*(str(row.get(column) if row.get(column) is not None else "") for column in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> None:
+    """Entry point: errors of this library are one clear line, everything else is a traceback."""
+    try:
+        app()
+    except PosttrainError as error:
+        kind = "option" if isinstance(error, ConfigError) else type(error).__name__.removesuffix("Error").lower()
+        print(f"posttrain: {kind} error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

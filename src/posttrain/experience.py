@@ -1,0 +1,137 @@
+"""Rows become samples: demonstrations as they stand, pairs, and the policy's own answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import ConfigError
+from posttrain.records import sample_from_json, sample_to_json
+from posttrain.types import Origin, Row, Sample, Sampler, Sampling
+
+if TYPE_CHECKING:
+    from posttrain.data.chat import Renderer
+    from posttrain.distributed.world import World
+
+
+def row_identity(row: Row, number: int) -> str:
+    """What a row is called in samples and reports: its id, else where it came from, else its number."""
+    return str(row.get("id") or row.get("_source") or f"row-{number}")
+
+
+def _info(row: Row) -> dict[str, Any]:
+    """What rewards and reports need of a row beside its messages."""
+    skipped = {"messages", "prompt", "completion", "chosen", "rejected", "tools"}
+    return {key: value for key, value in row.items() if key not in skipped}
+
+
+@dataclass
+class Desk:
+    """The one implementation of `types.Writer`: what a method's `experience` turns rows into samples with."""
+
+    renderer: Renderer
+    sampler: Sampler | None
+    sampling: Sampling
+    samples_per_prompt: int
+    seed: int
+    step: int
+    world: World
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds by phase (`render`, `sample`)."""
+    _next: int = 0
+
+    def _spent(self, phase: str, since: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
+
+    def _number(self, samples: list[Sample]) -> list[Sample]:
+        """Give every sample its global number in this step, the key of counter-based randomness."""
+        first, self._next = self._next, self._next + len(samples)
+        return [replace(sample, index=first + i) for i, sample in enumerate(samples)]
+
+    def demonstration(self, row: Row) -> Sample:
+        """One row with a completion to imitate, a conversation, or raw text."""
+        tools = row.get("tools")
+        if "sample" in row:  # written by a policy before: its tokens are taken as they are
+            sample = as_demonstration(sample_from_json(row["sample"]))
+        elif "messages" in row:
+            sample = self.renderer.conversation(row["messages"], tools)
+        elif "completion" in row:
+            sample = self.renderer.completion(row["prompt"], row["completion"], tools)
+        elif "text" in row:
+            sample = self.renderer.text(row["text"])
+        else:
+            raise ConfigError(f"a row with {sorted(row)} holds no demonstration; expected messages, completion or text")
+        return sample
+
+    def replay(self, rows: Sequence[Row]) -> list[Sample]:
+        """Demonstrations as they stand, one sample a row."""
+        began = time.perf_counter()
+        samples = []
+        for number, row in enumerate(rows):
+            name = row_identity(row, number)
+            sample = self.demonstration(row)
+            columns = dict(row.get("columns", {}))
+            samples.append(
+                replace(sample, group=f"{self.step}/{number}", query=name, info=_info(row), columns=columns)
+            )
+        self._spent("render", began)
+        return self._number(samples)
+
+    def pairs(self, rows: Sequence[Row]) -> list[Sample]:
+        """Chosen and rejected, two samples a row, in this order."""
+        began = time.perf_counter()
+        samples = []
+        for number, row in enumerate(rows):
+            name, columns = row_identity(row, number), dict(row.get("columns", {}))
+            for sample in self.renderer.pair(row):
+                samples.append(
+                    replace(sample, group=f"{self.step}/{number}", query=name, info=_info(row), columns=columns)
+                )
+        self._spent("render", began)
+        return self._number(samples)
+
+    def prompts(self, rows: Sequence[Row], copies: int) -> list[Sample]:
+        """Prompts ready to be continued, `copies` of each standing together as a group."""
+        began = time.perf_counter()
+        prompts = []
+        for number, row in enumerate(rows):
+            prompt = self.renderer.prompt(row["prompt"], row.get("tools"))
+            prompt = replace(
+                prompt, group=f"{self.step}/{number}", query=row_identity(row, number), info=_info(row)
+            )
+            prompts += [prompt] * copies
+        self._spent("render", began)
+        return self._number(prompts)
+
+    def rollout(self, rows: Sequence[Row], *, samples: int | None = None, temperature: float | None = None) -> list[Sample]:
+        """The policy's own answers, `samples` a row (default: the run's), grouped by row.
+
+        Each rank writes the answers to its share of the rows; every rank gets them all.
+        """
+        if self.sampler is None:
+            raise ConfigError("this method samples, and the run has no sampler")
+        sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
+        prompts = self.prompts(rows, samples or self.samples_per_prompt)
+        began = time.perf_counter()
+        copies = samples or self.samples_per_prompt
+        mine = [p for i, p in enumerate(prompts) if (i // copies) % self.world.size == self.world.rank]
+        answers = self.sampler.sample(mine, sampling=sampling, seed=self.seed, step=self.step)
+        self._spent("sample", began)
+        return gather_samples(self.world, answers)
+
+
+def gather_samples(world: World, samples: list[Sample]) -> list[Sample]:
+    """The samples of all ranks, in the order of their numbers."""
+    if world.size == 1:
+        return samples
+    records = world.all_gather_json([sample_to_json(sample) for sample in samples])
+    everyone = [sample_from_json(record) for part in records for record in part]
+    return sorted(everyone, key=lambda sample: sample.index)
+
+
+def as_demonstration(sample: Sample) -> Sample:
+    """A sample that a policy wrote, as something to imitate: the same tokens, origin DEMONSTRATION."""
+    origin = [int(Origin.DEMONSTRATION) if o == Origin.POLICY else o for o in sample.origin]
+    return replace(sample, origin=origin, temperature=1.0)

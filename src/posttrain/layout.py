@@ -1,0 +1,135 @@
+"""Where the real tokens of a batch stand when its rows are laid one after another, without padding.
+
+Axes: `B` rows, `T` tokens of the longest row, `N` real tokens of all rows.  Row b is `[starts[b], starts[b + 1])`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import DataError, nearest
+from posttrain.types import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The real tokens of `B` rows, one row after another.
+
+    Example:
+        >>> here = Layout.of_rows([[5, 6, 7], [8]])
+        >>> here.tokens.tolist(), here.positions.tolist(), here.starts.tolist(), here.row.tolist()
+        ([5, 6, 7, 8], [0, 1, 2, 0], [0, 3, 4], [0, 0, 0, 1])
+        >>> here.scatter(here.tokens).tolist()
+        [[5, 6, 7], [8, 0, 0]]
+    """
+
+    tokens: Tensor  # [N] int64
+    positions: Tensor  # [N] int64, place of the token in its row, from 0
+    lengths: Tensor  # [B] int64
+    starts: Tensor  # [B + 1] int64
+    row: Tensor  # [N] int64
+    sizes: tuple[int, ...]  # B Python ints, the same as `lengths`
+    width: int  # T, at least max(sizes): the width of the batch that this lays out
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # [N, ...] model inputs beyond tokens
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # index tensors worked out once for this layout
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest row."""
+        return max(self.sizes, default=0)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """`starts` as B + 1 Python ints."""
+        found = [0]
+        for size in self.sizes:
+            found.append(found[-1] + size)
+        return tuple(found)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[N] int64: the place of each token in the padded batch `[B, T]` read row by row."""
+        return self.row * self.width + self.positions
+
+    def scatter(self, values: Tensor, *, fill: float = 0.0) -> Tensor:
+        """`[N, ...] -> [B, T, ...]`, with `fill` where there is no token; differentiable."""
+        shape = values.shape[1:]
+        padded = values.new_full((self.num_rows * self.width, *shape), fill)
+        return padded.index_copy(0, self.flat, values).view(self.num_rows, self.width, *shape)
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """`[B, T, ...] -> [N, ...]`: the real tokens; differentiable."""
+        return padded.flatten(0, 1).index_select(0, self.flat)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device."""
+        if torch.device(device) == self.tokens.device:
+            return self
+        moved = (x.to(device) for x in (self.tokens, self.positions, self.lengths, self.starts, self.row))
+        tokens, positions, lengths, starts, row = moved
+        extra = {name: value.to(device) for name, value in self.extra.items()}
+        return Layout(tokens, positions, lengths, starts, row, self.sizes, self.width, extra)
+
+    @classmethod
+    def of(
+        cls, tokens: Tensor, sizes: Sequence[int], *, width: int | None = None, extra: Mapping[str, Tensor] | None = None
+    ) -> Layout:
+        """A layout of packed tokens.
+
+        Args:
+            tokens: `[N]` int64, all rows one after another.
+            sizes: B lengths, each at least 1, whose sum is N.
+            width: T of the padded batch; the longest row when not given.
+            extra: `[N, ...]` model inputs beyond tokens, by name.
+        """
+        if any(size < 1 for size in sizes) or sum(sizes) != tokens.shape[0]:
+            raise DataError(f"rows of lengths {list(sizes)} do not make {tokens.shape[0]} tokens; every row needs at least 1")
+        device = tokens.device
+        lengths = torch.tensor(list(sizes), dtype=torch.int64, device=device)
+        starts = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=device)
+        starts[1:] = lengths.cumsum(0)
+        row = torch.repeat_interleave(torch.arange(len(sizes), device=device), lengths)
+        positions = torch.arange(tokens.shape[0], device=device) - starts[:-1][row]
+        longest = max(sizes, default=0)
+        if width is not None and width < longest:
+            raise DataError(f"a row of {longest} tokens does not fit a width of {width}")
+        return cls(tokens, positions, lengths, starts, row, tuple(sizes), width or longest, dict(extra or {}))
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Layout:
+        """A layout of rows given as lists of token numbers."""
+        flat = [token for row in rows for token in row]
+        return cls.of(torch.tensor(flat, dtype=torch.int64, device=device), [len(row) for row in rows])
+
+
+def layout(batch: Batch, *, extra: Sequence[str] = ()) -> Layout:
+    """The real tokens of a batch, row after row.
+
+    Args:
+        batch: Right-padded rows.
+        extra: Names of columns `[B, T, ...]` that are model inputs and ride along, packed to `[N, ...]`.
+    """
+    missing = [name for name in extra if name not in batch.columns]
+    if missing:
+        raise DataError(f"the batch has no column '{missing[0]}'{nearest(missing[0], batch.columns)}")
+    width = int(batch.tokens.shape[1])
+    real = torch.arange(width, device=batch.tokens.device)[None, :] < batch.lengths[:, None]  # [B, T]
+    sizes = [int(size) for size in batch.lengths.tolist()]
+    columns = {name: batch.columns[name][real] for name in extra}
+    return Layout.of(batch.tokens[real], sizes, width=width, extra=columns)

@@ -1,0 +1,1 @@
+"""Imitation and rewards together."""

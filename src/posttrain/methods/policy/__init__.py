@@ -1,0 +1,1 @@
+"""The policy's own answers, scored by rewards."""

@@ -1,0 +1,1 @@
+"""Pairs of answers, one better than the other."""

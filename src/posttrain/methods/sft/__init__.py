@@ -1,0 +1,1 @@
+"""Imitation: a value per demonstrated token."""

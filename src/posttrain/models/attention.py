@@ -1,0 +1,214 @@
+"""Causal attention over packed rows: rows of like length go through one batched kernel, and no mask over the pack exists.
+
+Axes: `N` real tokens of all rows, `b` rows of one group, `t` tokens of the longest row of a group, `H` query heads, `Kv` key and
+value heads, `d` width of a head.  Right padding needs no mask under causal attention: a real token never looks at what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from posttrain.layout import Layout
+
+PADDING = 0.12
+"""The largest share of padding in a group of rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows that go through one kernel call."""
+
+    rows: int  # b
+    width: int  # t
+    first: int  # where its tokens start, when they stand together in the pack and need no padding; -1 otherwise
+    index: Tensor  # [b * t] int64 place in the pack, padding repeats the row's last token; empty when `first` >= 0
+    real: Tensor  # [n] int64 places in [b * t] of its real tokens; empty when no row of the group is padded
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How the rows of one layout are grouped; worked out once, used by every layer and the backward pass."""
+
+    groups: tuple[Group, ...]
+    back: Tensor | None  # [N] int64 place in the groups' outputs laid end to end; None when they are in order already
+
+
+def groups_of(sizes: tuple[int, ...], *, padding: float = PADDING) -> list[list[int]]:
+    """Row numbers grouped by length, longest first, each group with at most `padding` (a share) of padding.
+
+    Example:
+        >>> groups_of((4, 100, 95, 4))
+        [[1, 2], [0, 3]]
+    """
+    groups: list[list[int]] = []
+    width, total = 0, 0
+    for row in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
+        size = sizes[row]
+        if groups and total + size >= (1 - padding) * width * (len(groups[-1]) + 1):
+            groups[-1].append(row)
+            total += size
+        else:
+            groups.append([row])
+            width, total = size, size
+    ordered = [sorted(group) for group in groups]
+    return sorted(ordered, key=lambda group: group[0])
+
+
+def plan(layout: Layout) -> Plan:
+    """The plan of a layout, kept with it."""
+    if "attention" not in layout.plans:
+        layout.plans["attention"] = _plan(layout)
+    found: Plan = layout.plans["attention"]
+    return found
+
+
+def _plan(layout: Layout) -> Plan:
+    sizes, offsets, device = layout.sizes, layout.offsets, layout.tokens.device
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    groups, order = [], []
+    for rows in groups_of(sizes):
+        order += rows
+        width = max(sizes[row] for row in rows)
+        even = all(sizes[row] == width for row in rows)
+        together = rows == list(range(rows[0], rows[0] + len(rows)))
+        if even and together:
+            groups.append(Group(len(rows), width, offsets[rows[0]], empty, empty))
+            continue
+        lengths = torch.tensor([sizes[row] for row in rows], device=device)[:, None]  # [b, 1]
+        starts = torch.tensor([offsets[row] for row in rows], device=device)[:, None]
+        place = torch.arange(width, device=device)[None, :]  # [1, t]
+        index = (starts + torch.minimum(place, lengths - 1)).flatten()  # [b * t]
+        real = empty if even else (place < lengths).flatten().nonzero()[:, 0]  # [n]
+        groups.append(Group(len(rows), width, -1, index, real))
+    if order == sorted(order):
+        return Plan(tuple(groups), None)
+    moved = torch.cat([torch.arange(offsets[row], offsets[row + 1]) for row in order]).to(device)  # [N]
+    back = torch.empty_like(moved)
+    back[moved] = torch.arange(moved.shape[0], device=device)
+    return Plan(tuple(groups), back)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of every token to the tokens before it in its own row.
+
+    Args:
+        q: `[N, H, d]`, rotated.
+        k: `[N, Kv, d]`, rotated; `H` is a multiple of `Kv`.
+        v: `[N, Kv, d]`.
+        layout: The rows.
+        scale: Multiplies the scores before the softmax.
+        window: A token sees itself and the `window - 1` tokens before it; None: all of them.
+
+    Returns:
+        `[N, H * d]`.
+    """
+    kernel = _varlen(q)
+    if kernel is not None:
+        return _attend_varlen(kernel, q, k, v, layout, scale=scale, window=window)
+    the_plan = plan(layout)
+    if the_plan.groups and the_plan.groups[0].rows == layout.num_rows and the_plan.groups[0].first == 0:
+        return _group(q, k, v, the_plan.groups[0], scale=scale, window=window)
+    parts = [_group(q, k, v, group, scale=scale, window=window) for group in the_plan.groups]
+    attended = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return attended if the_plan.back is None else attended.index_select(0, the_plan.back)
+
+
+def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float, window: int | None) -> Tensor:
+    """One batched call: the attended real tokens of a group, `[n, H * d]`, in the order of its rows."""
+    count = group.rows * group.width
+
+    def cut(x: Tensor) -> Tensor:  # [N, h, d] -> [b, h, t, d]
+        some = x.narrow(0, group.first, count) if group.first >= 0 else x.index_select(0, group.index)
+        return some.view(group.rows, group.width, x.shape[1], x.shape[2]).transpose(1, 2)
+
+    mask = window_mask(group.width, window, q.device) if window is not None and group.width > window else None
+    repeats = q.shape[1] // k.shape[1]
+    keys, values = repeat_heads(cut(k), repeats), repeat_heads(cut(v), repeats)
+    out = scaled_dot_product_attention(cut(q), keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+    flat = out.transpose(1, 2).reshape(count, -1)  # [b, H, t, d] -> [b * t, H * d]
+    return flat.index_select(0, group.real) if group.real.numel() else flat
+
+
+def repeat_heads(x: Tensor, repeats: int) -> Tensor:
+    """`[b, Kv, t, d] -> [b, Kv * repeats, t, d]`: each key and value head serves `repeats` query heads."""
+    if repeats == 1:
+        return x
+    rows, heads, width, size = x.shape
+    return x[:, :, None].expand(rows, heads, repeats, width, size).reshape(rows, heads * repeats, width, size)
+
+
+@lru_cache(maxsize=8)
+def window_mask(width: int, window: int, device: torch.device) -> Tensor:
+    """`[t, t]` bool, True where query i may look at key j: `i - window < j <= i`."""
+    with torch.inference_mode(False):
+        place = torch.arange(width, device=device)
+        distance = place[:, None] - place[None, :]
+        return (distance >= 0) & (distance < window)
+
+
+def probabilities(q: Tensor, k: Tensor, layout: Layout, *, scale: float, window: int | None = None) -> Tensor:
+    """The attention of one layer as numbers.
+
+    Returns:
+        `[B, H, T, T]`, `T = layout.width`: row i of a head says how token i divides its attention; zero at padding.
+        In float32 at least.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    width, repeats = layout.longest, q.shape[1] // k.shape[1]
+    out = torch.zeros(layout.num_rows, q.shape[1], layout.width, layout.width, dtype=wide, device=q.device)
+    visible = window_mask(width, window or width, q.device)
+    for row, size in enumerate(layout.sizes):
+        start = layout.offsets[row]
+        queries = q[start : start + size].transpose(0, 1)  # [H, t, d]
+        keys = k[start : start + size].transpose(0, 1).repeat_interleave(repeats, 0)
+        scores = (queries @ keys.transpose(1, 2) * scale).to(wide)  # [H, t, t]
+        out[row, :, :size, :size] = scores.masked_fill(~visible[:size, :size], float("-inf")).softmax(-1)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# CUDA: one kernel for all rows, where this torch has it.
+
+
+@lru_cache(maxsize=1)
+def _varlen_kernel() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    kernel: Callable[..., Any] = varlen_attn
+    return kernel
+
+
+def _varlen(q: Tensor) -> Callable[..., Any] | None:
+    """The kernel, where it applies: half precision on a GPU with flash attention, head width a multiple of 8, at most 256."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return None
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return None
+    return _varlen_kernel()
+
+
+def _attend_varlen(
+    kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None
+) -> Tensor:
+    if "varlen" not in layout.plans:
+        layout.plans["varlen"] = layout.starts.to(torch.int32)
+    starts: Tensor = layout.plans["varlen"]  # [B + 1]
+    longest, repeats = layout.longest, q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    left = -1 if window is None else window - 1
+    sides = (left, 0)
+    out: Tensor = kernel(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides)
+    return out.flatten(1)
+
+
+__all__ = ["Group", "Plan", "attend", "groups_of", "plan", "probabilities", "repeat_heads", "window_mask"]

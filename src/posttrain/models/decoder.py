@@ -1,0 +1,181 @@
+"""The forward pass of Llama, Mistral, Qwen2, Qwen3 and Gemma in pieces that work on tokens, wherever these come from.
+
+The weights are those of the transformers module, by reference; so are its linear layers, which LoRA may have wrapped.  A trainer
+strings the pieces together over packed rows, a sampler over one token a row with a cache between `qkv` and `finish`.
+
+Axes: `n` tokens, `D` hidden width, `H` query heads, `Kv` key and value heads, `d` width of a head, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.models.gemm import Linear, exact
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM")
+"""The transformers classes whose forward pass this file owns."""
+
+
+def causal_lm(module: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the module itself."""
+    unwrap = getattr(module, "get_base_model", None)
+    return cast("nn.Module", unwrap()) if callable(unwrap) else module
+
+
+def supports(module: nn.Module) -> bool:
+    """Can `Decoder` run this model?  The exact class counts: a subclass may have changed anything."""
+    inner = causal_lm(module)
+    kind = type(inner)
+    if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
+        return False
+    return not getattr(inner.config, "use_bidirectional_attention", False)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * x / rms(x)` over the last axis, as Llama does it: float32 inside (float64 stays), weighed in x's dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rms_norm_offset(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`(1 + weight) * x / rms(x)` over the last axis, as Gemma does it: weighed in float32 too."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: `x [n, h, d]`, `cos [n, d]`, `sin [n, d]` -> `[n, h, d]`, halves paired."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+class Decoder:
+    """The building blocks of one model's forward pass.
+
+    Example (the whole forward of one row, attention aside):
+        `x = embed(tokens); cos, sin = rope(positions)`, then for every layer
+        `q, k, v = qkv(layer, x, cos, sin); x = finish(layer, x, attended)`, then `head(final(x))`.
+    """
+
+    def __init__(self, module: nn.Module, *, linear: Linear = exact) -> None:
+        if not supports(module):
+            raise ConfigError(f"{type(causal_lm(module)).__name__} has no owned forward; it can be one of {', '.join(FAMILIES)}")
+        inner: Any = causal_lm(module)
+        config = inner.config
+        self.linear = linear
+        self._model: Any = inner.model
+        self._head: Any = inner.lm_head
+        self._layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
+        self._gemma = type(inner).__name__ == "GemmaForCausalLM"
+        self._mistral_window = config.sliding_window if type(inner).__name__ == "MistralForCausalLM" else None
+        attention = self._layers[0].self_attn
+        self.num_layers = len(self._layers)
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = attention.head_dim
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.scale: float = attention.scaling
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token of this layer sees, itself included; None: all before it."""
+        own: int | None = getattr(self._layers[layer].self_attn, "sliding_window", None)
+        return own if own is not None else self._mistral_window
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[...] int64 -> [..., D]`, scaled where the family scales."""
+        return cast("Tensor", self._model.embed_tokens(tokens))
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables of some positions.
+
+        The frequencies are the model's own module's, scaling included; for a float64 model the angles are worked out in
+        float64, where transformers stays in float32.
+
+        Args:
+            positions: `[n]` int64, `n >= 1`.
+
+        Returns:
+            `cos [n, d]` and `sin [n, d]` in the model's dtype.
+        """
+        rotary, dtype = self._model.rotary_emb, self._model.embed_tokens.weight.dtype
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        cos, sin = rotary(like, positions[None])  # [1, n, d]
+        if dtype != torch.float64:
+            return cos[0], sin[0]
+        angles = positions[:, None].double() * rotary.inv_freq.float().double()  # [n, d / 2]
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+    def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a layer, normed and rotated.
+
+        Args:
+            layer: From 0.
+            x: `[n, D]`, what enters the layer.
+            cos: `[n, d]` of the tokens' positions.
+            sin: `[n, d]`.
+
+        Returns:
+            `q [n, H, d]`, `k [n, Kv, d]`, `v [n, Kv, d]`.
+        """
+        block = self._layers[layer]
+        attention = block.self_attn
+        normed = self.norm(block.input_layernorm, x)
+        q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
+        k = self.apply(attention.k_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
+        v = self.apply(attention.v_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
+        if hasattr(attention, "q_norm"):
+            q, k = self.norm(attention.q_norm, q), self.norm(attention.k_norm, k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a layer: `x [n, D]` that entered it and `attended [n, H * d]` -> `[n, D]` that leaves it."""
+        block = self._layers[layer]
+        x = x + self.apply(block.self_attn.o_proj, attended)
+        mlp = block.mlp
+        normed = self.norm(block.post_attention_layernorm, x)
+        inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
+        return x + self.apply(mlp.down_proj, inner)
+
+    def final(self, x: Tensor) -> Tensor:
+        """The last norm: `[n, D] -> [n, D]`."""
+        return self.norm(self._model.norm, x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[n, D] -> [n, V]` in the model's dtype."""
+        return self.apply(self._head, hidden)
+
+    def norm(self, module: Any, x: Tensor) -> Tensor:
+        """One of the model's norms, exact in float64 too."""
+        if self._gemma:
+            return rms_norm_offset(x, module.weight, module.eps)
+        return rms_norm(x, module.weight, module.variance_epsilon)
+
+    def apply(self, module: Any, x: Tensor) -> Tensor:
+        """One of the model's linear layers; a product of another precision reaches plain layers and plain LoRA."""
+        if self.linear is exact:
+            return cast("Tensor", module(x))
+        if type(module) is nn.Linear:
+            return self.linear(x, module.weight, module.bias)
+        base = getattr(module, "base_layer", None)
+        plain_lora = type(base) is nn.Linear and hasattr(module, "lora_A") and not getattr(module, "lora_variant", None)
+        if not plain_lora or module.merged:
+            return cast("Tensor", module(x))
+        out = self.linear(x, base.weight, base.bias)
+        if module.disable_adapters:
+            return out
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+                out = out + up(down(dropout(x.to(down.weight.dtype)))).to(out.dtype) * module.scaling[name]
+        return out
+
+
+__all__ = ["FAMILIES", "Decoder", "causal_lm", "rms_norm", "rms_norm_offset", "rotate", "supports"]

@@ -1,0 +1,149 @@
+"""The matrix product of a linear layer, three ways, and a short probe that says which float32 way is faster on this host.
+
+`exact` is torch's own product and the default; `fast` is float32 through oneDNN, which beats torch's choice on some CPUs; `bf16`
+multiplies bfloat16 copies of float32 master weights and keeps everything else in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from posttrain.errors import ConfigError, nearest
+
+Precision = Literal["exact", "fast", "bf16"]
+Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""`(x [..., I], weight [O, I], bias [O] | None) -> [..., O]`."""
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [..., I] @ weight [O, I].T + bias [O]` by torch."""
+    return functional.linear(x, weight, bias)
+
+
+def onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """`x [n, I] @ weight [O, I].T` by oneDNN, float32, without gradients."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+def has_onednn() -> bool:
+    """Does this torch have the operator that reaches oneDNN in float32?"""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class _OneDNN(Function):
+    """`x [n, I], weight [O, I] -> [n, O]`, all three products by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x = onednn(grad, weight.t().contiguous()) if ctx.needs_input_grad[0] else None  # [n, O] -> [n, I]
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = onednn(grad.t().contiguous(), x.t().contiguous())  # [O, n], [I, n] -> [O, I]
+        return grad_x, grad_weight
+
+
+def fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in float32 through oneDNN; torch's own where oneDNN is missing, or the tensors are not float32 on a CPU."""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+    if plain or x.numel() == 0 or not has_onednn():
+        return functional.linear(x, weight, bias)
+    out: Tensor = _OneDNN.apply(x.flatten(0, -2).contiguous(), weight.contiguous())
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
+
+
+class _BFloat16(Function):
+    """`x [n, I], weight [O, I] -> [n, O]`: bfloat16 factors, float32 sums, float32 gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        narrow = x.to(torch.bfloat16)
+        ctx.save_for_backward(narrow, weight)
+        ctx.dtype = x.dtype
+        return functional.linear(narrow, weight.to(torch.bfloat16)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(torch.bfloat16)
+        grad_x = (grad @ weight.to(torch.bfloat16)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad.t() @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with bfloat16 factors; `weight` stays the float32 master, and its gradient adds up in float32."""
+    out: Tensor = _BFloat16.apply(x.flatten(0, -2), weight)
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
+
+
+LINEAR: dict[str, Linear] = {"exact": exact, "fast": fast, "bf16": bf16}
+"""The products by the name of their precision."""
+
+
+def linear_of(precision: str) -> Linear:
+    """The product of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if precision not in LINEAR:
+        raise ConfigError(f"precision is '{precision}'{nearest(precision, LINEAR)}")
+    return LINEAR[precision]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe found; saved with the run, so that a resumed run makes the same choice."""
+
+    choice: Precision  # "fast" or "exact"
+    exact_seconds: float  # of one product, the best of a few
+    fast_seconds: float  # 0 where oneDNN is missing
+    threads: int
+
+    def record(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def probe(*, tokens: int = 256, width: int = 512, repeats: int = 5) -> Probe:
+    """Which float32 product is faster here: `x [tokens, width] @ weight [width, width].T`, the best of `repeats`.
+
+    Takes some milliseconds.  `fast` is chosen when it needs at most nine tenths of the time.
+    """
+    if not has_onednn():
+        return Probe("exact", 0.0, 0.0, torch.get_num_threads())
+    x, weight = torch.ones(tokens, width), torch.ones(width, width)
+
+    def best(linear: Linear) -> float:
+        found = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            linear(x, weight, None)
+            found.append(time.perf_counter() - start)
+        return min(found[1:])
+
+    with torch.no_grad():
+        exact_seconds, fast_seconds = best(exact), best(fast)
+    choice: Precision = "fast" if fast_seconds <= 0.9 * exact_seconds else "exact"
+    return Probe(choice, exact_seconds, fast_seconds, torch.get_num_threads())
+
+
+__all__ = ["LINEAR", "Linear", "Precision", "Probe", "bf16", "exact", "fast", "has_onednn", "linear_of", "onednn", "probe"]

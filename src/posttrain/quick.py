@@ -1,0 +1,257 @@
+"""What the short commands do: one stage, a few samples, an evaluation, a talk, a look at a model and its data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ConfigError, nearest
+from posttrain.method import Method, Optimizer
+from posttrain.options import build, parsed
+from posttrain.run import Run
+from posttrain.types import Sampling
+
+GIVEN = ("method", "model", "data", "out", "rewards", "sampling", "optimizer", "lora", "evaluation", "quiet")
+"""Fields of a run that have an option of their own, or a section."""
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in fields(cls)}
+
+
+def sorted_settings(settings: Mapping[str, Any], method: type[Method]) -> dict[str, dict[str, Any]]:
+    """Each `key=value` in its section: method, run, optimizer, sampling, lora.
+
+    A plain key belongs to the first of method, run, sampling, optimizer that has it; `optimizer.lr` names the section.
+
+    Raises:
+        ConfigError: No section has the key.
+    """
+    from posttrain.models.lora import Lora
+
+    sections: dict[str, set[str]] = {
+        "method": _names(method),
+        "run": _names(Run) - set(GIVEN),
+        "sampling": _names(Sampling),
+        "optimizer": _names(Optimizer),
+    }
+    named = {**sections, "lora": _names(Lora)}
+    found: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for key, value in settings.items():
+        section, dot, field = key.partition(".")
+        if dot and section in named:
+            if field not in named[section]:
+                raise ConfigError(f"{section} has no option '{field}'{nearest(field, named[section])}")
+            found[section][field] = value
+            continue
+        home = next((name for name, keys in sections.items() if key in keys), None)
+        if home is None:
+            known = {k for keys in sections.values() for k in keys}
+            raise ConfigError(f"there is no option '{key}'{nearest(key, known)}")
+        found[home][key] = value
+    return found
+
+
+def renamed(pairs: Sequence[str]) -> dict[str, str]:
+    """`["question=problem"]` as new name -> old name."""
+    found = {}
+    for pair in pairs:
+        new, equals, old = pair.partition("=")
+        if not equals or not new or not old:
+            raise ConfigError(f"--map {pair}: expected new=old, for instance --map completion=response")
+        found[new] = old
+    return found
+
+
+def named_task(name: str, data: str | None) -> Any:
+    """A task by name; `data` is its file where it needs one."""
+    from posttrain.tasks import task
+
+    return task(name, **({"path": data} if data and name == "gsm8k" else {}))
+
+
+def training_run(
+    name: str,
+    *,
+    settings: Sequence[str],
+    model: str,
+    data: str | None,
+    task: str | None,
+    count: int | None,
+    rename: Sequence[str],
+    rewards: Sequence[str],
+    out: Path,
+    lora: bool,
+    quiet: bool,
+) -> Run:
+    """The run of `posttrain train`.
+
+    Raises:
+        ConfigError: The options do not fit together.
+    """
+    from posttrain.data.rows import load_rows, need
+    from posttrain.methods import method as method_named
+    from posttrain.models.lora import Lora
+    from posttrain.pipeline import build_method
+    from posttrain.rewards import load_reward
+
+    values = parsed(settings)
+    cls = type(build_method(name, {})) if ".py:" in name else method_named(name)
+    parts = sorted_settings(values, cls)
+    method = build_method(name, parts["method"])
+    if data is None and task is None:
+        raise ConfigError("nothing to train on; give --data FILE or --task NAME (for instance --task word-problems)")
+    if parts["lora"] and not lora:
+        raise ConfigError("lora settings are given without --lora; add it, or leave them out")
+    given = named_task(task, data) if task else None
+    samples = any(part.method.rows == "prompts" for part in method.parts().values())
+    if given is not None:
+        rows = list(given.rows("train" if samples else "demonstrations", count or (2000 if samples else 100), 0))
+    else:
+        rows = load_rows(str(data), rename=renamed(rename), limit=count)
+        for part in method.parts().values():
+            need(rows, part.method.rows, name)
+    judged = tuple(load_reward(spec) for spec in rewards) or (tuple(given.rewards) if given is not None and samples else ())
+    sampling = {**({"max_tokens": given.max_tokens} if given is not None else {}), **parts["sampling"]}
+    return build(
+        Run,
+        {
+            **parts["run"],
+            "method": method,
+            "model": model,
+            "data": rows,
+            "out": str(out),
+            "rewards": judged,
+            "sampling": build(Sampling, sampling, what="sampling"),
+            "optimizer": build(Optimizer, parts["optimizer"], what="optimizer"),
+            "lora": build(Lora, parts["lora"], what="lora") if lora else None,
+            "quiet": quiet,
+        },
+        what="train",
+    )
+
+
+def opened(model: str) -> tuple[Any, Any, Any]:
+    """A model, its tokenizer and the renderer over it."""
+    from posttrain.data.chat import Renderer
+    from posttrain.models.load import load
+
+    loaded, tokenizer = load(model)
+    return loaded, tokenizer, Renderer(tokenizer)
+
+
+def write_samples(
+    *,
+    model: str,
+    data: str | None,
+    task: str | None,
+    prompt: str | None,
+    count: int | None,
+    samples: int,
+    settings: Sequence[str],
+    out: Path | None,
+    seed: int,
+) -> None:
+    """`posttrain sample`: answers as JSON lines."""
+    from posttrain.data.rows import load_rows
+    from posttrain.distributed.world import World
+    from posttrain.experience import Desk
+    from posttrain.files import atomic_write
+    from posttrain.records import sample_to_json
+    from posttrain.rewards import RewardRunner, score
+    from posttrain.samplers.native import NativeSampler
+
+    given = named_task(task, data) if task else None
+    if prompt is not None:
+        rows: list[Any] = [{"id": "prompt", "prompt": [{"role": "user", "content": prompt}]}]
+    elif given is not None:
+        rows = list(given.rows("test", count or 10, seed))
+    elif data is not None:
+        rows = load_rows(data, limit=count)
+    else:
+        raise ConfigError("nothing to answer; give --prompt TEXT, --data FILE or --task NAME")
+    options = {**({"max_tokens": given.max_tokens} if given is not None else {}), **parsed(settings)}
+    loaded, tokenizer, renderer = opened(model)
+    sampler = NativeSampler(loaded, tokenizer, stop_tokens=renderer.stop_tokens)
+    sampling = build(Sampling, options, what="sampling")
+    desk = Desk(renderer, sampler, sampling, samples, seed, 0, World())
+    answers = desk.rollout(rows)
+    if given is not None:
+        with RewardRunner(max_failure_rate=1.0) as runner:
+            answers = score(given.rewards, answers, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens)[0]
+    lines = []
+    for sample in answers:
+        text = {"prompt_text": renderer.decode(sample.tokens[: sample.prompt_length]), "text": renderer.decode(sample.completion)}
+        lines.append(json.dumps({"id": f"{sample.query}#{sample.index}", **text, "sample": sample_to_json(sample)}, ensure_ascii=False))
+    content = "\n".join(lines) + "\n"
+    if out is None:
+        sys.stdout.write(content)
+    else:
+        atomic_write(out, content)
+
+
+def evaluated(*, model: str, task: str, data: str | None, count: int | None, samples: int, split: str, seed: int) -> Any:
+    """`posttrain evaluate`: the outcome of one evaluation."""
+    from posttrain.evaluation.accuracy import Evaluation
+    from posttrain.pipeline import _progress
+
+    given = named_task(task, data)
+    evaluation = Evaluation(
+        task=given.name,
+        rows=list(given.rows(split, count, seed)),
+        rewards=tuple(given.rewards),
+        split=split,
+        samples=samples,
+        max_tokens=given.max_tokens,
+        seed=seed,
+    )
+    loaded, tokenizer, renderer = opened(model)
+    with _progress(f"evaluate {model}", quiet=False) as progress:
+        return evaluation.of(loaded, tokenizer, renderer, model_name=model, progress=progress)
+
+
+def talk(model: str, *, system: str, temperature: float, max_tokens: int, seed: int) -> None:
+    """`posttrain chat`: a conversation; what the model wrote is kept as messages."""
+    from posttrain.samplers.native import NativeSampler
+
+    loaded, tokenizer, renderer = opened(model)
+    sampler = NativeSampler(loaded, tokenizer, stop_tokens=renderer.stop_tokens)
+    sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0, max_tokens=max_tokens)
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    turn = 0
+    while True:
+        try:
+            text = input("you: ").strip()
+        except EOFError:
+            break
+        if not text:
+            break
+        messages.append({"role": "user", "content": text})
+        answer = sampler.sample([renderer.prompt(messages)], sampling=sampling, seed=seed, step=turn)[0]
+        written = answer.completion
+        if answer.finish == "stop" and written and written[-1] in renderer.stop_tokens:
+            written = written[:-1]
+        reply = renderer.decode(written)
+        print(f"model: {reply}" + ("  [cut]" if answer.finish == "length" else ""))
+        messages.append({"role": "assistant", "content": reply})
+        turn += 1
+
+
+def examined(model: str, *, data: str | None, task: str | None, rename: Sequence[str], show: int) -> int:
+    """`posttrain doctor`: rendered rows and findings; the exit code is 1 where something is wrong."""
+    from rich.console import Console
+
+    from posttrain.data.doctor import diagnose
+    from posttrain.data.rows import load_rows
+
+    loaded, tokenizer, _ = opened(model)
+    rows: list[Any] | None = None
+    if task is not None:
+        rows = list(named_task(task, data).rows("demonstrations", 100, 0))
+    elif data is not None:
+        rows = load_rows(data, rename=renamed(rename))
+    return diagnose(tokenizer, rows, loaded.config, console=Console(), show=show)

@@ -1,0 +1,93 @@
+"""Random numbers that depend on a key alone: (seed, step, sample, position), never on who drew before.
+
+A draw is a hash of its key, so a recompute draws the same, the composition of a batch does not matter, and nothing has to
+be saved to restart.  Everything is 64-bit integer arithmetic: the same numbers on a CPU and on an accelerator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SAMPLER, ONE_TOKEN, NOISE, SWITCH = 0, 1, 2, 3
+"""Streams: who draws.  Two that draw at the same key from different streams are independent."""
+
+_WORD = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15 - _WORD
+_FIRST = 0xBF58476D1CE4E5B9 - _WORD
+_SECOND = 0x94D049BB133111EB - _WORD
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """The logical right shift of int64: torch's own copies the sign in from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64: every bit of the result hangs on every bit of `x`."""
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _absorbed(state: Tensor, word: Tensor) -> Tensor:
+    """The state after one more word of the key; the order of words matters."""
+    return _mixed((state * 3) ^ _mixed(word + _GOLDEN)) + _GOLDEN
+
+
+def _signed(value: int) -> int:
+    """Any integer as an int64, by its lowest 64 bits."""
+    value %= _WORD
+    return value - _WORD if value >= _WORD // 2 else value
+
+
+def uniform(seed: int, step: int, index: Tensor, position: Tensor, draws: int = 1, stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), one (or `draws`) for each key.
+
+    The k-th draw of a key does not depend on `draws`: more draws only add to the right.
+
+    Args:
+        seed: The run's seed.
+        step: The rollout or optimiser step.
+        index: `[n]` int64, global number of the sample.
+        position: `[n]` int64, token in the sample; broadcast against `index`.
+        draws: Numbers for each key, at least 1.
+        stream: Who draws, for instance `SAMPLER`.
+
+    Returns:
+        `[n]` float64, or `[n, draws]` when `draws` is above 1.  53 random bits each.
+
+    Example:
+        >>> keys = torch.arange(3)
+        >>> torch.equal(uniform(0, 1, keys, keys)[2:], uniform(0, 1, keys[2:], keys[2:]))
+        True
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014), the mixing function.
+    """
+    index, position = torch.broadcast_tensors(index, position)
+    state = torch.zeros_like(index, dtype=torch.int64)
+    for number in (seed, stream, step):
+        state = _absorbed(state, torch.full_like(state, _signed(number)))
+    state = _absorbed(_absorbed(state, index.to(torch.int64)), position.to(torch.int64))
+    if draws > 1:
+        counter = torch.arange(draws, device=state.device, dtype=torch.int64)
+        state = state.unsqueeze(-1) + counter * _GOLDEN  # [n] -> [n, draws]
+    return _shifted(_mixed(state), 11).to(torch.float64) * 2.0**-53
+
+
+def categorical(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Draws from rows of probabilities by inversion.
+
+    Args:
+        probabilities: `[n, V]`, at least 0; each row is scaled to sum to 1.
+        draws: `[n]` or `[n, K]` float64 in [0, 1), for instance from `uniform`.
+
+    Returns:
+        `[n]` or `[n, K]` int64 in `[0, V)`; never an entry of probability 0.
+    """
+    cumulative = probabilities.to(torch.float64).cumsum(-1)  # [n, V]
+    total = cumulative[..., -1:]
+    wanted = draws.to(torch.float64).reshape(*probabilities.shape[:-1], -1) * total  # [n, K]
+    drawn = torch.searchsorted(cumulative, wanted, right=True)
+    last = torch.searchsorted(cumulative, total.contiguous())  # [n, 1], the first entry that reaches the total
+    return torch.minimum(drawn, last).reshape(draws.shape)

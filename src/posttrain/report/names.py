@@ -1,0 +1,138 @@
+"""The metrics that the report knows by name: what each is called for a reader, its unit, and how it is written.
+
+A run may log any other name; it is kept in `metrics.jsonl` and listed on the page as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["number", "share", "count", "rate"]
+
+PHASE = "time/"
+"""Prefix of the seconds that a step spent in a phase: `time/sample`, `time/score`, ..., `time/other`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One named number of a step."""
+
+    name: str
+    title: str
+    meaning: str
+    unit: Unit = "number"
+    chart: bool = True  # does the page draw a curve of it
+
+
+METRICS = (
+    Metric("reward", "Reward", "mean reward of the step's answers, with its 95 % interval"),
+    Metric("evaluation", "Evaluation", "accuracy on questions that are not trained on", "share"),
+    Metric("loss", "Loss", "what is minimised; of policy gradients it says little"),
+    Metric("accuracy", "Accuracy of preferences", "share of pairs in which the chosen answer is put first", "share"),
+    Metric("margin", "Margin", "reward of the chosen answer minus that of the rejected one"),
+    Metric("kl", "KL from the reference", "nats per token between the policy and its start"),
+    Metric("entropy", "Entropy", "nats per token: how undecided the policy is"),
+    Metric("length", "Completion length", "mean tokens of an answer", "count"),
+    Metric("truncated", "Truncated", "share of answers that were cut at the token limit", "share"),
+    Metric("signal", "Groups with signal", "share of groups whose answers got differing rewards", "share"),
+    Metric("parsed", "Parsed", "share of answers in which the verifier could read an answer", "share"),
+    Metric("clip_fraction", "Clipped", "share of tokens whose ratio was clipped", "share"),
+    Metric("gradient_norm", "Gradient norm", "before clipping"),
+    Metric("logprob_gap", "Sampler and trainer", "mean difference of their log-probabilities, nats per token"),
+    Metric("learning_rate", "Learning rate", "of the first parameter group"),
+    Metric("tokens_per_second", "Tokens per second", "sampled and trained, all phases", "rate"),
+    Metric("empty", "Empty answers", "share of answers without a token before the stop token", "share", chart=False),
+    Metric(
+        "reward_failures", "Reward failures", "share of samples that a reward failed to judge", "share", chart=False
+    ),
+    Metric(
+        "skipped_updates", "Skipped updates", "updates left out because a gradient was not finite", "count", chart=False
+    ),
+)
+"""Known metrics, in the order in which a reader wants them."""
+
+BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
+
+SHARE = re.compile(r"^(accuracy|exact|parsed|truncated|format|(pass|maj|best|mean)@\d+)")
+"""Names of evaluation metrics that are shares, written in per cent when they lie in [0, 1]."""
+
+
+def number(value: float | None, unit: Unit = "number") -> str:
+    """A number as a reader wants it: `41.2 %`, `38`, `1,240`, `0.0031`; a dash where there is none.
+
+    Example:
+        >>> number(0.412, "share"), number(0.00312), number(1240.4, "rate"), number(None)
+        ('41.2 %', '0.00312', '1,240', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit in ("rate", "count") and abs(value) >= 100:
+        return f"{value:,.0f}"
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    return f"{value:.1f}" if unit == "count" else f"{value:.3g}"
+
+
+def evaluation_unit(metric: str, values: Sequence[float | None]) -> Unit:
+    """Is an evaluation's metric a share (written in per cent) or a plain number?"""
+    inside = all(value is None or 0 <= value <= 1 for value in values)
+    return "share" if inside and SHARE.match(metric) else "number"
+
+
+def duration(seconds: float | None) -> str:
+    """A length of time in words: `42 s`, `3 min 20 s`, `2 h 5 min`.
+
+    Example:
+        >>> duration(200), duration(7500)
+        ('3 min 20 s', '2 h 5 min')
+    """
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min"
+
+
+def phases_of(row: Mapping[str, object]) -> dict[str, float]:
+    """The phases of one line of `metrics.jsonl`, in seconds."""
+    found = {}
+    for name, value in row.items():
+        if name.startswith(PHASE) and isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+            found[name.removeprefix(PHASE)] = float(value)
+    return found
+
+
+def shares(phases: Mapping[str, float], *, total: int = 100) -> dict[str, int]:
+    """Whole per cents of each phase that add up to exactly `total`, by largest remainders.
+
+    Rounding each phase alone could add up to 99 or 101.  Phases keep their order; ties go to the earlier one.
+
+    Args:
+        phases: Name -> seconds, at least 0.
+        total: What the shares add up to; 0 for every phase when no time was spent.
+
+    Example:
+        >>> shares({"sample": 1.0, "score": 1.0, "other": 1.0})
+        {'sample': 34, 'score': 33, 'other': 33}
+    """
+    spent = sum(phases.values())
+    if not spent > 0:
+        return dict.fromkeys(phases, 0)
+    exact = {name: total * seconds / spent for name, seconds in phases.items()}
+    whole = {name: math.floor(value) for name, value in exact.items()}
+    missing = total - sum(whole.values())
+    for name in sorted(exact, key=lambda name: whole[name] - exact[name])[:missing]:
+        whole[name] += 1
+    return whole

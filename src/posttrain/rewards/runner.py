@@ -1,0 +1,259 @@
+"""Who runs rewards: owner of the worker processes, of retries, and of the rate at which the infrastructure may fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from posttrain.errors import ConfigError, RewardError
+from posttrain.rewards.process import Limits, LoadFailed, Process
+from posttrain.rewards.reward import Answer, Reward
+from posttrain.rewards.wire import read, read_all
+from posttrain.types import InfraError, Timeout, Verdict
+
+__all__ = ["Limits", "RewardRunner", "Tally"]
+
+_WINDOW = 200  # judgements over which the failure rate is taken
+
+
+@dataclass
+class Tally:
+    """What happened to one reward in one call, after retries."""
+
+    judged: int = 0
+    failed: int = 0
+    timed_out: int = 0  # of the failed
+    retried: int = 0  # judgements that were asked for twice
+    seconds: float = 0.0
+
+
+@dataclass
+class _Try:
+    """Answers that go into one call of the function."""
+
+    indexes: list[int]
+    again: bool = False
+
+
+@dataclass
+class _Record:
+    """What is remembered of one reward from call to call."""
+
+    window: deque[bool] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # did the infrastructure fail
+    first: str = ""  # the first failure, traceback included
+
+
+class RewardRunner:
+    """Runs rewards in workers that live from step to step.
+
+    A judgement that the infrastructure failed (it raised, hung, returned no finite number or too few, or its process died) is
+    asked for once more, alone and in a fresh worker; then that answer, not its neighbours, is marked.
+
+    Example:
+        >>> from posttrain.rewards.maths import MathsExact
+        >>> with RewardRunner() as runner:
+        ...     answer = Answer(text="<answer>7</answer>", info={"answer": "7"})
+        ...     runner.judge(Reward("right", MathsExact()), [answer])[0]
+        [Score(value=1.0, reason='')]
+
+    Args:
+        workers: Processes a reward, started when first needed.
+        limits: What each process may use.
+        max_failure_rate: Share of the last 200 judgements of a reward that may fail, in [0, 1].
+    """
+
+    def __init__(self, *, workers: int = 1, limits: Limits | None = None, max_failure_rate: float = 0.2) -> None:
+        if workers < 1:
+            raise ConfigError(f"found workers {workers}; write at least 1")
+        if not 0.0 <= max_failure_rate <= 1.0:
+            raise ConfigError(f"found max_failure_rate {max_failure_rate}; write a share in [0, 1]")
+        self.workers, self.limits, self.max_failure_rate = workers, limits or Limits(), max_failure_rate
+        self._processes: dict[str, list[Process]] = {}
+        self._records: dict[str, _Record] = {}
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _stop_all, self._processes)
+
+    def __enter__(self) -> RewardRunner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every worker and all they started; the runner may be used again."""
+        _stop_all(self._processes)
+        self._processes.clear()
+
+    @property
+    def starts(self) -> int:
+        """How many worker processes were started since the last `close`."""
+        return sum(process.starts for processes in self._processes.values() for process in processes)
+
+    def pids(self) -> list[int]:
+        """The numbers of the worker processes that run."""
+        running = [process.pid for processes in self._processes.values() for process in processes]
+        return [pid for pid in running if pid is not None]
+
+    def printed(self, name: str) -> str:
+        """The end of what the workers of a reward printed, 8000 bytes each at most."""
+        return "".join(process.output.decode(errors="replace") for process in self._processes.get(name, []))
+
+    def first_failure(self, name: str) -> str:
+        """The first failure of a reward since this runner was made; empty when there was none."""
+        return self._records[name].first if name in self._records else ""
+
+    def judge(self, reward: Reward, answers: Sequence[Answer]) -> tuple[list[Verdict | None], Tally]:
+        """One verdict an answer, in order; None where the reward has nothing to say.
+
+        Raises:
+            RewardError: The function cannot be loaded, or failed above the allowed rate.
+        """
+        begun, tally = time.monotonic(), Tally()
+        verdicts: dict[int, Verdict | None] = {}
+        parts = [part for part in _parts(reward, answers, self.workers) if part]
+        inline = reward.where == "inline"
+        processes = [None] * len(parts) if inline else self._workers_of(reward)[: len(parts)]
+        jobs = [(reward, answers, part, process, verdicts, tally) for part, process in zip(parts, processes, strict=True)]
+        try:
+            if inline or len(jobs) < 2:
+                for job in jobs:
+                    self._work(*job)
+            else:
+                with ThreadPoolExecutor(len(jobs)) as pool:
+                    waiting = [pool.submit(self._work, *job) for job in jobs]
+                for done in waiting:
+                    done.result()
+            tally.seconds = time.monotonic() - begun
+            self._stop_if_failing(reward, call=tally)
+        except RewardError:
+            for process in self._processes.get(reward.name, []):
+                process.stop()
+            raise
+        return [verdicts[index] for index in range(len(answers))], tally
+
+    def _workers_of(self, reward: Reward) -> list[Process]:
+        """The workers of a reward; another reward of the same name gets fresh ones."""
+        held = self._processes.get(reward.name, [])
+        if held and held[0].reward != reward:
+            for process in held:
+                process.stop()
+            held = []
+        if not held:
+            held = [Process(reward, self.limits) for _ in range(self.workers)]
+            self._processes[reward.name] = held
+        return held
+
+    def _work(
+        self,
+        reward: Reward,
+        answers: Sequence[Answer],
+        part: list[_Try],
+        process: Process | None,
+        verdicts: dict[int, Verdict | None],
+        tally: Tally,
+    ) -> None:
+        """Judge the answers of `part` into `verdicts`, each failure once more."""
+        todo, later = deque(part), list[_Try]()
+        while todo:
+            units = [[answers[index] for index in this.indexes] for this in todo]
+            for found in _inline(reward, units) if process is None else self._judged(process, units):
+                this = todo.popleft()
+                failed = [i for i, verdict in zip(this.indexes, found, strict=True) if isinstance(verdict, InfraError)]
+                again: set[int] = set()
+                if failed and not this.again:
+                    again = set(failed if reward.scope == "sample" else this.indexes)
+                    later += [_Try([i], True) for i in failed] if reward.scope == "sample" else [_Try(this.indexes, True)]
+                    tally.retried += len(again)
+                for index, verdict in zip(this.indexes, found, strict=True):
+                    if index not in again:
+                        verdicts[index] = verdict
+                        self._count(reward, verdict, tally)
+            if later and (not todo or (process is not None and not process.running)):
+                if process is not None:
+                    process.stop()
+                todo.extendleft(reversed(later))
+                later = []
+
+    def _judged(self, process: Process, units: list[list[Answer]]) -> Iterator[list[Verdict | None]]:
+        """The process's verdicts; a function that cannot be loaded stops the run."""
+        try:
+            yield from process.judge(units)
+        except LoadFailed as cause:
+            raise RewardError(f"reward '{process.reward.name}' could not be loaded:\n{cause}") from None
+
+    def _count(self, reward: Reward, verdict: Verdict | None, tally: Tally) -> None:
+        """Remember one final judgement."""
+        failed = isinstance(verdict, InfraError)
+        with self._lock:
+            record = self._records.setdefault(reward.name, _Record())
+            record.window.append(failed)
+            tally.judged += 1
+            tally.failed += failed
+            tally.timed_out += isinstance(verdict, Timeout)
+            if isinstance(verdict, InfraError) and not record.first:
+                record.first = verdict.reason
+        if failed:
+            self._stop_if_failing(reward)
+
+    def _stop_if_failing(self, reward: Reward, call: Tally | None = None) -> None:
+        """Refuse to go on above the allowed rate.
+
+        Few judgements say little: in the middle of a call 50 are needed, or 10 of which more than half failed; at its
+        end (`call`) 10, or two or more of which none succeeded.
+        """
+        with self._lock:
+            record = self._records.get(reward.name, _Record())
+            count, failed = len(record.window), sum(record.window)
+        rate = failed / count if count else 0.0
+        if rate <= self.max_failure_rate:
+            return
+        all_of_call = call is not None and call.judged >= 2 and call.failed == call.judged
+        if not (count >= 50 or (count >= 10 and (call is not None or rate > 0.5)) or all_of_call):
+            return
+        printed = self.printed(reward.name)[-1000:]
+        raise RewardError(
+            f"reward '{reward.name}' failed on {failed} of its last {count} judgements ({rate:.0%}; allowed "
+            f"{self.max_failure_rate:.0%}). The first failure:\n{record.first}" + (f"\nIt printed:\n{printed}" if printed else "")
+        )
+
+
+def _parts(reward: Reward, answers: Sequence[Answer], workers: int) -> list[list[_Try]]:
+    """The calls each worker makes, none of which parts a group (or query) where the scope is one."""
+    calls: list[list[int]]
+    if reward.scope == "sample":
+        size = reward.answers_per_call if reward.takes_list else 1
+        calls = [list(range(at, min(at + size, len(answers)))) for at in range(0, len(answers), size)]
+    else:
+        groups: dict[str, list[int]] = {}
+        for index, answer in enumerate(answers):
+            groups.setdefault(answer.group if reward.scope == "group" else answer.query, []).append(index)
+        calls = list(groups.values())
+    tries = [_Try(call) for call in calls]
+    return [tries[worker::workers] for worker in range(workers)]
+
+
+def _inline(reward: Reward, units: list[list[Answer]]) -> Iterator[list[Verdict | None]]:
+    """The verdicts of a function that runs here."""
+    judge: Callable[..., object] = reward.fn
+    for unit in units:
+        try:
+            if reward.takes_list:
+                yield read_all(judge(unit), len(unit))
+            else:
+                yield [read(judge(answer)) for answer in unit]
+        except Exception:
+            yield [InfraError(reason=traceback.format_exc()[-4000:])] * len(unit)
+
+
+def _stop_all(processes: dict[str, list[Process]]) -> None:
+    """Kill all workers."""
+    for held in processes.values():
+        for process in held:
+            process.stop()

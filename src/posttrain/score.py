@@ -1,0 +1,120 @@
+"""Samples become a batch with credit: group statistics, readings taken once, and what a method makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from posttrain.forward import read
+from posttrain.method import Method
+from posttrain.pack import micro_batches, units
+from posttrain.types import Batch, GroupStats, Readings, State, View
+
+if TYPE_CHECKING:
+    from posttrain.distributed.world import World
+    from posttrain.models.model import LanguageModel
+
+
+def group_stats(batch: Batch, pass_mark: float = 1.0) -> GroupStats:
+    """What is known of each group; samples that were masked (no verdict to be had) count nowhere.
+
+    Args:
+        batch: With its rewards.
+        pass_mark: A sample passes when its reward is at least this.
+    """
+    number = int(batch.group.max()) + 1 if batch.num_rows else 0
+    live = batch.mask.any(-1)
+    ones = live.to(batch.rewards.dtype)
+    total = torch.zeros(number, dtype=batch.rewards.dtype, device=batch.rewards.device)
+
+    def summed(values: Tensor) -> Tensor:
+        return total.index_add(0, batch.group, values * ones)  # [B] -> [G]
+
+    count = summed(torch.ones_like(ones))
+    mean = summed(batch.rewards) / count.clamp(min=1)
+    spread = summed((batch.rewards - mean[batch.group]) ** 2) / count.clamp(min=1)
+    return GroupStats(
+        group=torch.arange(number, device=total.device),
+        count=count.long(),
+        passed=summed((batch.rewards >= pass_mark - 1e-9).to(ones.dtype)).long(),
+        mean=mean,
+        std=spread.sqrt(),
+        truncated=summed(batch.truncated.to(ones.dtype)).long(),
+    )
+
+
+def shard(chosen: list[list[int]], world: World) -> list[list[int]]:
+    """This rank's units: every `size`-th, so that ranks differ by one unit at most."""
+    return chosen[world.rank :: world.size]
+
+
+def _read_once(
+    models: Mapping[str, LanguageModel],
+    batch: Batch,
+    views: Mapping[str, View],
+    method: Method,
+    token_budget: int,
+    world: World,
+) -> Readings:
+    """Views that are read once, in micro-batches, put back into the order of the batch (and gathered over ranks)."""
+    mine = shard(units(batch, method.unit), world)
+    out: dict[str, dict[str, Tensor]] = {name: {} for name in views}
+    for rows in micro_batches(batch, mine, token_budget):
+        seen = read(models, batch.rows(rows), views)
+        for view in views:
+            for name, value in getattr(seen, view).values.items():
+                whole = out[view].get(name)
+                if whole is None:
+                    # Rows of a view with inputs of its own may be wider than the batch; narrow readings start at zero.
+                    whole = out[view][name] = value.new_zeros(batch.num_rows, *value.shape[1:])
+                if whole.ndim > 1 and value.shape[1] > whole.shape[1]:
+                    grown = value.new_zeros(batch.num_rows, *value.shape[1:])
+                    grown[:, : whole.shape[1]] = whole
+                    whole = out[view][name] = grown
+                if whole.ndim > 1:
+                    whole[rows, : value.shape[1]] = value
+                else:
+                    whole[rows] = value
+    if world.size > 1:
+        # Every row was read by exactly one rank and is zero on the others, so the sum is the gathered reading.
+        out = {view: {name: world.all_sum(value) for name, value in values.items()} for view, values in out.items()}
+    return Readings.of(**out)
+
+
+def prepare(
+    models: Mapping[str, LanguageModel],
+    method: Method,
+    batch: Batch,
+    state: State,
+    *,
+    token_budget: int,
+    world: World,
+    on_policy: bool,
+) -> tuple[Batch, Readings, State]:
+    """Group statistics, the views read once, then credit.
+
+    Args:
+        models: The run's models.
+        method: Whose views and credit these are.
+        batch: All ranks' rows.
+        state: Where the run stands.
+        token_budget: Real tokens a forward may hold.
+        world: The ranks.
+        on_policy: One update will be made of this batch: views that credit does not look at are left to the update,
+            which takes them from the live forward (same weights, same temperature, so the same numbers).
+
+    Returns:
+        The credited batch, the readings for all its rows, and the state with the groups' statistics.
+    """
+    state = replace(state, groups=group_stats(batch))
+    once = {
+        name: view
+        for name, view in method.views().items()
+        if view.once and not (on_policy and not view.credit and view.model in method.trains)
+    }
+    seen = _read_once(models, batch, once, method, token_budget, world) if once else Readings()
+    return method.credit(batch, seen, state), seen, state

@@ -1,0 +1,471 @@
+"""A run in progress: the models, samplers and files behind `run.train`, one method for each line of its loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+import warnings as python_warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain import monitor
+from posttrain.data.chat import Renderer
+from posttrain.data.colour import show_samples
+from posttrain.distributed.world import World
+from posttrain.errors import ConfigError, DataError, NumericsError
+from posttrain.experience import Desk, row_identity
+from posttrain.files import atomic_folder, atomic_write, run_lock
+from posttrain.forward import CHUNK_BYTES
+from posttrain.manifest import whole, write_manifest
+from posttrain.method import Method, Part
+from posttrain.pack import pack, shuffled_minibatches, units
+from posttrain.report.journal import Journal
+from posttrain.report.live import Live
+from posttrain.report.trackers import open_trackers
+from posttrain.report.warnings import warnings_in_words
+from posttrain.resolve import digest
+from posttrain.rewards.runner import RewardRunner
+from posttrain.samplers.native import NativeSampler
+from posttrain.score import prepare, shard
+from posttrain.scoring import score_everywhere
+from posttrain.state import load_state, save_state
+from posttrain.step import Outcome, Ready, Stepper, Tally, update
+from posttrain.types import Row, Sample, State
+from posttrain.wiring import (
+    START,
+    Cursor,
+    build_models,
+    derived_budget,
+    derived_optimizer,
+    threads,
+    total_steps,
+    trained_parameters,
+)
+
+if TYPE_CHECKING:
+    from posttrain.run import Run
+
+
+class Phases(dict[str, float]):
+    """Wall seconds of one step by phase; `other` is what no phase claimed, so that they add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Claim the time inside the block."""
+        since = time.perf_counter()
+        yield
+        self[name] = self.get(name, 0.0) + time.perf_counter() - since
+
+    def closed(self) -> dict[str, float]:
+        """All phases with `other`."""
+        spent = time.perf_counter() - self._began
+        return {**self, "other": max(0.0, spent - sum(self.values()))}
+
+
+@dataclass
+class Work:
+    """One part's samples on their way through a step."""
+
+    name: str
+    part: Part
+    weight: float
+    samples: list[Sample]
+    rows: list[Row]
+
+
+@dataclass
+class Session:
+    """Everything that a run holds while it runs; opened by `open`, saved by `checkpoint`, closed by `finish`."""
+
+    run: Run
+    out: Path
+    world: World
+    models: dict[str, Any]
+    tokenizer: Any
+    renderer: Renderer
+    sampler: NativeSampler
+    steppers: dict[str, Stepper]
+    cursors: dict[str, Cursor]
+    rewards: RewardRunner | None
+    journal: Journal
+    live: Live
+    total_steps: int
+    token_budget: int
+    identity: Any
+    step: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    saved: int = -1
+
+    # ------------------------------------------------------------------------------------------ opening
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, run: Run, given: World | None = None) -> Iterator[Session]:
+        """Build or restore a run; the folder is locked, reward workers and files are closed at the end."""
+        from posttrain.run import resolved
+
+        out = Path(run.out)
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            world = given or stack.enter_context(World.here())
+            if world.rank == 0:
+                stack.enter_context(run_lock(out))
+            settings = resolved(run)
+            identity = digest({k: v for k, v in settings.items() if k not in _FREE})
+            saved = load_state(out / "state", identity=identity)
+            values = saved.values if saved else {}
+            count = int(values.get("threads", torch.get_num_threads()))  # type: ignore[arg-type]
+            stack.enter_context(threads(count))
+            models, tokenizer = build_models(run)
+            renderer = Renderer(tokenizer)
+            budget = run.token_budget or int(values.get("token_budget", 0)) or derived_budget(models["policy"])  # type: ignore[arg-type]
+            steps = total_steps(run)
+            chief = world.rank == 0
+            session = cls(
+                run=run,
+                out=out,
+                world=world,
+                models=models,
+                tokenizer=tokenizer,
+                renderer=renderer,
+                sampler=NativeSampler(models["policy"], tokenizer, stop_tokens=renderer.stop_tokens),
+                steppers=_steppers(run, models, steps),
+                cursors={name: Cursor(rows, run.seed) for name, rows in run.sets().items()},
+                rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate)) if run.rewards else None,
+                journal=stack.enter_context(
+                    Journal(
+                        out if chief else out / f".rank-{world.rank}",
+                        resume_step=saved.step if saved else (0 if (out / "run.json").exists() else None),
+                        stage=out.name,
+                        trackers=open_trackers(run.writers, out) if chief else (),
+                    )
+                ),
+                live=stack.enter_context(Live(out.name, steps, quiet=run.quiet or not chief)),
+                total_steps=steps,
+                token_budget=budget,
+                identity=identity,
+                memory=run.method.begin(),
+            )
+            if chief:
+                atomic_write(out / "run.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            if saved:
+                session._restore(saved.tensors, saved.values, saved.step)
+            else:
+                session._first_look(settings)
+            yield session
+
+    def _first_look(self, settings: Mapping[str, Any]) -> None:
+        """Refuse what must not be trained on, say what was derived, and show a few rendered samples."""
+        policy = self.models["policy"]
+        desk = self._desk()
+        limit = self.run.max_length or getattr(policy.config, "max_position_embeddings", 0) or 0
+        shown: list[Sample] = []
+        for _, part in self.run.method.parts().items():
+            if part.supply is not None:
+                continue
+            rows = self._cursor(part).rows
+            samples = _rendered(desk, part.method, rows)
+            self.renderer.check(samples[:64], imitates=part.method.imitates and part.method.rows != "prompts")
+            room = limit - (self.run.sampling.max_tokens if part.method.rows == "prompts" else 0)
+            too_long = [(i, len(s)) for i, s in enumerate(samples) if limit and len(s) > room]
+            if too_long:
+                index, length = too_long[0]
+                raise DataError(
+                    f"{len(too_long)} of {len(samples)} rows do not fit {room} tokens (the first: {samples[index].query}, "
+                    f"{length} tokens); nothing is cut in silence: shorten or drop them, or raise max_length"
+                )
+            shown += samples[: self.run.show]
+        if self.world.rank == 0 and not self.run.quiet:
+            rates = ", ".join(f"{s.settings.lr:g}" for s in self.steppers.values())
+            print(
+                f"{settings['method']['is']} on {policy.num_parameters / 1e6:.1f} M parameters: {self.total_steps} steps, "
+                f"learning rate {rates}, at most {self.token_budget} tokens a forward, {torch.get_num_threads()} thread(s), "
+                f"matrix products '{self.run.precision}'",
+                file=sys.stderr,
+            )
+            show_samples(shown[: self.run.show], self.tokenizer)
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def phases(self) -> Phases:
+        """A new step's clock."""
+        return Phases()
+
+    def state(self, method: Method | None = None, rows: Sequence[Row] = ()) -> State:
+        """Where the run stands, for a method."""
+        main = next(iter(self.steppers.values()))
+        return State(
+            step=self.step,
+            update=main.updates,
+            total_steps=self.total_steps,
+            seed=self.run.seed,
+            metrics=self.metrics,
+            memory=self.memory,
+            rows=tuple(rows),
+        )
+
+    def _desk(self) -> Desk:
+        run = self.run
+        return Desk(self.renderer, self.sampler, run.sampling, run.samples_per_prompt, run.seed, self.step, self.world)
+
+    def _cursor(self, part: Part) -> Cursor:
+        name = part.data or next(iter(self.cursors))
+        if name not in self.cursors:
+            raise ConfigError(f"a part reads data set '{name}', and the run has {sorted(self.cursors)}")
+        return self.cursors[name]
+
+    def experience(self, phases: Phases) -> list[Work]:
+        """Rows become samples, for every part that weighs something now."""
+        work = []
+        for name, part in self.run.method.parts().items():
+            weight = part.weight_at(self.state())
+            if weight == 0:
+                continue
+            if part.supply is not None:
+                rows = list(part.supply(self.state()))
+            else:
+                rows = self._cursor(part).next(self.run.prompts_per_step)
+            if not rows:
+                continue
+            desk = self._desk()
+            samples = part.method.experience(desk, rows, self.state(rows=rows))
+            for phase, seconds in desk.seconds.items():
+                phases[phase] = phases.get(phase, 0.0) + seconds
+            work.append(Work(name, part, weight, samples, rows))
+        return work
+
+    def score(self, work: list[Work], phases: Phases) -> list[Work]:
+        """Samples get verdicts and a reward."""
+        if self.rewards is None:
+            return work
+        with phases.of("score"):
+            for each in work:
+                if each.part.method.rows == "prompts":
+                    each.samples = score_everywhere(
+                        self.run.rewards, each.samples, self.renderer, runner=self.rewards, world=self.world
+                    )
+        return work
+
+    def credit(self, work: list[Work], phases: Phases) -> list[Ready]:
+        """Samples become batches with credit."""
+        out = []
+        dtype = torch.float64 if self.run.dtype == "float64" else torch.float32
+        on_policy = self.run.updates == 1 and self.run.minibatches == 1
+        with phases.of("credit"):
+            for each in work:
+                method = each.part.method
+                batch = pack(each.samples, seed=self.run.seed, step=self.step, dtype=dtype)
+                batch = batch.to(self.models["policy"].device)
+                batch, seen, state = prepare(
+                    self.models,
+                    method,
+                    batch,
+                    self.state(rows=each.rows),
+                    token_budget=self.token_budget,
+                    world=self.world,
+                    on_policy=on_policy,
+                )
+                out.append(Ready(each.name, each.part, each.weight, batch, seen, state))
+        return out
+
+    def update(self, ready: list[Ready], phases: Phases) -> dict[str, float]:
+        """All optimiser steps of this batch."""
+        metrics: dict[str, float] = {}
+        with phases.of("monitor"):
+            metrics |= monitor.watch(self.models, ready, rows=self.run.monitor, start=START)
+        tally = Tally()
+        live = [r for r in ready if not monitor.without_signal(r)]
+        together = [r for r in live if r.part.optimizer is None and not r.part.alone]
+        alone = [r for r in live if r.part.optimizer is not None or r.part.alone]
+        with phases.of("update"):
+            for turn in range(self.run.updates):
+                cuts = {r.name: self._minibatches(r, turn) for r in together}
+                for number in range(max((len(c) for c in cuts.values()), default=0)):
+                    members = [(r, shard(cuts[r.name][number], self.world)) for r in together if number < len(cuts[r.name])]
+                    metrics |= self._update(members, "", tally)
+            for r in alone:
+                stepper = r.name if r.part.optimizer is not None else ""
+                metrics |= self._update([(r, shard(units(r.batch, r.method.unit), self.world))], stepper, tally)
+        metrics |= tally.means(self.world)
+        metrics["skipped_updates"] = float(self.skipped)
+        return metrics
+
+    def _minibatches(self, ready: Ready, turn: int) -> list[list[list[int]]]:
+        key = (self.run.seed * 1_000_003 + self.step) * 1_009 + turn
+        generator = torch.Generator().manual_seed(key % (1 << 62))
+        return shuffled_minibatches(units(ready.batch, ready.method.unit), self.run.minibatches, generator)
+
+    def _update(self, members: list[tuple[Ready, list[list[int]]]], stepper: str, tally: Tally) -> dict[str, float]:
+        outcome: Outcome = update(
+            self.models,
+            self.steppers[stepper],
+            members,
+            token_budget=self.token_budget,
+            chunk_bytes=CHUNK_BYTES,
+            world=self.world,
+            tally=tally,
+        )
+        self.sampler.policy_version = sum(s.updates for s in self.steppers.values())
+        if outcome.skipped is None:
+            self.skipped = 0
+            return outcome.metrics
+        self.skipped += 1
+        where = monitor.write_replay(self.out, self.step, members, outcome.skipped)
+        message = f"step {self.step}: the gradient of '{outcome.skipped}' is not finite; the update is left out ({where})"
+        if self.skipped >= self.run.max_skipped:
+            raise NumericsError(f"{message}; {self.skipped} updates in a row, so the run stops")
+        python_warnings.warn(message, stacklevel=2)
+        return outcome.metrics
+
+    def remember(self, ready: list[Ready], metrics: dict[str, float]) -> None:
+        """The method's memory after this step."""
+        if ready:
+            first = ready[0]
+            state = replace(first.state, metrics=metrics, memory=self.memory)
+            self.memory = self.run.method.remember(state, first.batch, metrics)
+
+    def record(self, work: list[Work], metrics: dict[str, float], phases: Phases) -> None:
+        """Write the step's numbers and a few of its samples."""
+        for each in work:
+            metrics |= monitor.sample_metrics(each.samples, each.name, groups=each.part.method.rows == "prompts")
+        tokens = sum(len(s) for each in work for s in each.samples)
+        metrics["tokens_per_second"] = tokens / max(1e-9, sum(phases.closed().values()))
+        self.metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        rewards = [s.reward for each in work for s in each.samples if s.reward is not None]
+        self.journal.step(self.step, metrics, phases=phases.closed(), rewards=rewards)
+        if self.world.rank == 0 and rewards:
+            self.journal.samples(self.step, [s for each in work for s in each.samples], self.renderer.decode, count=4)
+        self.history.append({"step": self.step, **metrics})
+
+    def show(self, metrics: Mapping[str, float], phases: Phases) -> None:
+        """The live line, and warnings in words."""
+        self.live.update(self.step - 1, metrics, phases.closed())
+        if self.step % 5 == 0 or self.step == self.total_steps:
+            for warning in warnings_in_words(self.history[-200:]):
+                self.live.warn(warning)
+
+    def evaluate(self, phases: Phases) -> None:
+        """Every `evaluate_every` steps: evaluate, and keep the best weights."""
+        run = self.run
+        if not (run.evaluation and run.evaluate_every and self.step % run.evaluate_every == 0) or self.world.rank != 0:
+            return
+        with phases.of("evaluate"):
+            outcome = run.evaluation.of(self.models["policy"], self.tokenizer, self.renderer, model_name=f"step {self.step}")
+        value = outcome.headline
+        self.journal.step(self.step, {"evaluation": value})
+        if value > self.best.get("value", -math.inf):
+            self.best = {"value": value, "step": float(self.step)}
+            self._save_model(self.out / "best")
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        parameters = trained_parameters(self.models, self.run.method)
+        out: dict[str, torch.Tensor] = {f"weights:{name}": p.detach() for name, p in parameters.items()}
+        for name, stepper in self.steppers.items():
+            out |= {f"optimizer:{name}:{key}": value for key, value in stepper.tensors().items()}
+        return out | {f"memory:{key}": v for key, v in self.memory.items() if isinstance(v, torch.Tensor)}
+
+    def checkpoint(self, phases: Phases) -> None:
+        """Save the whole state, when it is time."""
+        every = self.run.save_every
+        if self.world.rank == 0 and every and self.step % every == 0:
+            with phases.of("save"):
+                self._save()
+
+    def _save(self) -> None:
+        values = {
+            "memory": {key: v for key, v in self.memory.items() if not isinstance(v, torch.Tensor)},
+            "metrics": self.metrics,
+            "taken": {name: cursor.taken for name, cursor in self.cursors.items()},
+            "updates": {name: stepper.updates for name, stepper in self.steppers.items()},
+            "threads": torch.get_num_threads(),
+            "token_budget": self.token_budget,
+            "best": self.best,
+            "skipped": self.skipped,
+        }
+        save_state(self.out / "state", self.step, self._tensors(), values, identity=self.identity)
+        self.saved = self.step
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any], step: int) -> None:
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.models, self.run.method).items():
+                parameter.copy_(tensors[f"weights:{name}"])
+        for name, stepper in self.steppers.items():
+            prefix = f"optimizer:{name}:"
+            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            device = self.models["policy"].device
+            moments = {k: v if k.endswith(":step") else v.to(device) for k, v in moments.items()}
+            stepper.restore(moments, values["updates"][name])
+        self.memory = {**values["memory"], **{k[7:]: v for k, v in tensors.items() if k.startswith("memory:")}}
+        self.metrics, self.best = dict(values["metrics"]), dict(values["best"])
+        self.skipped = int(values["skipped"])
+        for name, taken in values["taken"].items():
+            self.cursors[name].taken = taken
+        self.step = self.saved = step
+        self.sampler.policy_version = sum(s.updates for s in self.steppers.values())
+
+    def _save_model(self, folder: Path) -> None:
+        from posttrain.models.load import save
+
+        with atomic_folder(folder) as partial:
+            save(self.models["policy"], self.tokenizer, partial)
+            write_manifest(partial, {"identity": self.identity, "step": self.step})
+
+    def finish(self) -> tuple[Path, Path | None]:
+        """Save the final weights (once) and the state; returns the folders of the last and the best model."""
+        model = self.out / "model"
+        if self.world.rank == 0:
+            if self.saved != self.step:
+                self._save()
+            if not whole(model, {"identity": self.identity, "step": self.step}):
+                self._save_model(model)
+        self.world.barrier("the final save")
+        best = self.out / "best"
+        return model, best if best.exists() else None
+
+
+_FREE = ("out", "save_every", "quiet", "show", "writers", "evaluate_every", "evaluation")
+"""Settings that may differ when a run goes on: they do not touch the weights."""
+
+
+def _steppers(run: Run, models: Mapping[str, Any], steps: int) -> dict[str, Stepper]:
+    """One optimiser shared by all parts (""), and one for each part that has its own."""
+    parameters = trained_parameters(models, run.method)
+    if not parameters:
+        raise ConfigError("nothing learns: no model of this run has a trainable parameter")
+    out = {"": Stepper(derived_optimizer(run, models["policy"]), parameters, steps * run.updates * run.minibatches)}
+    for name, part in run.method.parts().items():
+        if part.optimizer is not None:
+            settings = part.optimizer if part.optimizer.lr is not None else replace(part.optimizer, lr=out[""].settings.lr)
+            out[name] = Stepper(settings, parameters, steps)
+    return out
+
+
+def _rendered(desk: Desk, method: Method, rows: Sequence[Row]) -> list[Sample]:
+    """Every row as it will be trained on (prompts alone, for methods that sample)."""
+    if method.rows == "prompts":
+        return desk.prompts(rows, 1)
+    samples = desk.pairs(rows) if method.rows == "pairs" else desk.replay(rows)
+    for sample in samples:
+        if not any(sample.trained):
+            raise DataError(f"{sample.query}: nothing of this row is trained; its completion is empty or belongs to nobody")
+    return samples
+
+
+__all__ = ["Phases", "Session", "Work", "row_identity"]

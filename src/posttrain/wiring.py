@@ -1,0 +1,197 @@
+"""What a run is made of, built from its settings: models by name, the order of rows, sizes that are derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError, DataError
+from posttrain.layout import Layout
+from posttrain.method import Method, Optimizer
+from posttrain.types import Row
+
+if TYPE_CHECKING:
+    from posttrain.models.model import LanguageModel, Trunk
+    from posttrain.run import Run
+
+START = "start"
+"""Name of the model that KL from the start is measured against."""
+
+
+class AdaptersOff:
+    """The policy with its adapters switched off, as a model of its own that costs no memory."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def trunk(self, layout: Layout, *, embeddings: Tensor | None = None, attention_layers: Sequence[int] = ()) -> Trunk:
+        """As `LanguageModel.trunk`, without adapters."""
+        with self._model.adapters_off():
+            return self._model.trunk(layout, embeddings=embeddings, attention_layers=attention_layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `LanguageModel.logits`, without adapters."""
+        with self._model.adapters_off():
+            return self._model.logits(hidden)
+
+
+def wanted_models(method: Method) -> list[str]:
+    """The models that a method's views read, in order, the policy first."""
+    names = ["policy"]
+    for part in method.parts().values():
+        names += [view.model for view in part.method.views().values()]
+    return list(dict.fromkeys(names))
+
+
+def trained_models(method: Method) -> list[str]:
+    """The models that learn."""
+    return list(dict.fromkeys(name for part in method.parts().values() for name in part.method.trains))
+
+
+def build_models(run: Run) -> tuple[dict[str, LanguageModel], Any]:
+    """Load every model of a run.
+
+    The policy is the run's `model`.  A reference (or any other frozen model) that `run.models` does not name is the start
+    itself: a copy, or the policy with its adapters off.  A model that learns beside the policy (a critic) starts as the
+    policy's copy with a head of its own.
+
+    Returns:
+        Models by name, and the policy's tokenizer.
+    """
+    from posttrain.models.load import load
+
+    def loaded(source: Any, lora: Any = None) -> tuple[LanguageModel, Any]:
+        return load(source, dtype=run.dtype, lora=lora, trust_remote_code=run.trust_remote_code)
+
+    policy, tokenizer = loaded(run.model, run.lora)
+    models: dict[str, Any] = {"policy": policy}
+    learning = trained_models(run.method)
+    wanted = wanted_models(run.method)
+    unknown = sorted(set(run.models) - set(wanted))
+    if unknown:
+        raise ConfigError(f"models names {unknown}, which {type(run.method).__name__} does not read (it reads {wanted})")
+    for name in wanted[1:]:
+        if name in run.models:
+            models[name] = loaded(run.models[name])[0]
+        elif name in learning:
+            models[name] = loaded(run.model)[0]
+        else:
+            models[name] = AdaptersOff(policy) if policy.has_adapters else _copy_of(models, policy)
+    if run.monitor and any(part.method.rows == "prompts" for part in run.method.parts().values()):
+        models[START] = AdaptersOff(policy) if policy.has_adapters else _copy_of(models, policy)
+    _add_heads(run, models)
+    for name, model in models.items():
+        if name not in learning and not isinstance(model, AdaptersOff):
+            model.module.requires_grad_(False)
+            model.heads.requires_grad_(False)
+        if not isinstance(model, AdaptersOff) and model.decoder is not None:
+            model.use_precision(run.precision)
+    return models, tokenizer
+
+
+def _copy_of(models: Mapping[str, LanguageModel], policy: LanguageModel) -> LanguageModel:
+    """A frozen copy of the start; one is enough for all names that mean it."""
+    for model in models.values():
+        if getattr(model, "is_start", False):
+            return model
+    copy = policy.frozen_copy()
+    copy.is_start = True  # type: ignore[attr-defined]
+    return copy
+
+
+def _add_heads(run: Run, models: Mapping[str, LanguageModel]) -> None:
+    """Give a model the head that one of its views reads, where it has none yet."""
+    for part in run.method.parts().values():
+        for view in part.method.views().values():
+            for head in {quantity.head for quantity in view.reads if quantity.head}:
+                if head == "value":
+                    models[view.model].add_value_head()
+                elif head == "reward":
+                    models[view.model].add_reward_head(seed=run.seed)
+                elif head not in models[view.model].heads:
+                    raise ConfigError(f"a view reads head '{head}' of '{view.model}', which has none of that name")
+
+
+def trained_parameters(models: Mapping[str, LanguageModel], method: Method) -> dict[str, nn.Parameter]:
+    """Every parameter that learns, by `model/name`, in a fixed order.
+
+    A critic's output head and a reward model's are trained, the token head of such a model is not used and gets no gradient.
+    """
+    return {f"{name}/{key}": p for name in trained_models(method) for key, p in models[name].parameters().items()}
+
+
+class Cursor:
+    """The order in which rows are taken: a new permutation each epoch, drawn from (seed, epoch), and a count of rows taken."""
+
+    def __init__(self, rows: Sequence[Row], seed: int, taken: int = 0) -> None:
+        if not rows:
+            raise DataError("a data set has no rows; expected at least one")
+        self.rows = rows
+        self.seed = seed
+        self.taken = taken
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def _at(self, number: int) -> Row:
+        epoch, place = divmod(number, len(self.rows))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 62))
+            self._order = torch.randperm(len(self.rows), generator=generator).tolist()
+            self._epoch = epoch
+        return self.rows[self._order[place]]
+
+    def next(self, count: int) -> list[Row]:
+        """The next `count` rows."""
+        first, self.taken = self.taken, self.taken + count
+        return [self._at(number) for number in range(first, first + count)]
+
+
+def total_steps(run: Run) -> int:
+    """Rollout steps of a run: as given, or from epochs over the first data set (at least 1)."""
+    if run.steps is not None:
+        return run.steps
+    rows = len(next(iter(run.sets().values())))
+    return max(1, round(run.epochs * rows / run.prompts_per_step))
+
+
+def derived_budget(model: LanguageModel) -> int:
+    """Real tokens a forward and backward may hold.
+
+    About 34 values of the hidden width are kept per token and layer; a processor gets 2 GB of them, a GPU a third of
+    what is free.
+    """
+    per_token = 34 * 4 * model.hidden_size * model.num_layers
+    room = 2e9
+    if model.device.type == "cuda":
+        room = torch.cuda.mem_get_info()[0] / 3
+    return int(min(16_384 if model.device.type == "cpu" else 131_072, max(512, room / per_token)))
+
+
+def derived_optimizer(run: Run, model: LanguageModel) -> Optimizer:
+    """The run's optimiser with its learning rate filled in where none is given."""
+    from posttrain.models.load import default_lr
+
+    if run.optimizer.lr is not None:
+        return run.optimizer
+    kinds = {"prompts": "rl", "pairs": "preference", "demonstrations": "sft"}
+    first = next(iter(run.method.parts().values())).method
+    return replace(run.optimizer, lr=default_lr(model.num_parameters, model.has_adapters, kinds[first.rows]))  # type: ignore[arg-type]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads inside; the number is part of a run's state, since it can change the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
