@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from posttrain.errors import ConfigError, nearest
@@ -12,7 +12,7 @@ def methods() -> list[dict[str, Any]]:
     """Every method: name, kind, family, title, arXiv id, file."""
     from posttrain.methods import METHODS, info
 
-    return [{"kind": "method", **info(name)} for name in METHODS]
+    return [{"kind": "method", **asdict(info(name))} for name in METHODS]
 
 
 def recipes() -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def row_identity(row: Row, number: int) -> str:
 
 def _info(row: Row) -> dict[str, Any]:
     """What rewards and reports need of a row beside its messages."""
-    skipped = {"messages", "prompt", "completion", "chosen", "rejected", "tools"}
+    skipped = {"messages", "prompt", "completion", "chosen", "rejected", "tools", "sample", "columns"}
     return {key: value for key, value in row.items() if key not in skipped}
 
 
@@ -50,34 +50,31 @@ class Desk:
         first, self._next = self._next, self._next + len(samples)
         return [replace(sample, index=first + i) for i, sample in enumerate(samples)]
 
-    def demonstration(self, row: Row) -> Sample:
-        """One row with a completion to imitate, a conversation, or raw text."""
-        tools = row.get("tools")
-        if "sample" in row:  # written by a policy before: its tokens are taken as they are
-            sample = as_demonstration(sample_from_json(row["sample"]))
-        elif "messages" in row:
-            sample = self.renderer.conversation(row["messages"], tools)
-        elif "completion" in row:
-            sample = self.renderer.completion(row["prompt"], row["completion"], tools)
-        elif "text" in row:
-            sample = self.renderer.text(row["text"])
-        else:
-            raise ConfigError(f"a row with {sorted(row)} holds no demonstration; expected messages, completion or text")
-        return sample
+    def demonstrations(self, row: Row) -> list[Sample]:
+        """What one row teaches by imitation; a row that a policy wrote before keeps its very tokens."""
+        if "sample" in row:
+            return [as_demonstration(sample_from_json(row["sample"]))]
+        return self.renderer.demonstrations(row)
 
     def replay(self, rows: Sequence[Row]) -> list[Sample]:
-        """Demonstrations as they stand, one sample a row."""
+        """Demonstrations as they stand: one sample a row (one a turn where a template drops earlier thinking)."""
         began = time.perf_counter()
         samples = []
         for number, row in enumerate(rows):
-            name = row_identity(row, number)
-            sample = self.demonstration(row)
-            columns = dict(row.get("columns", {}))
-            samples.append(
-                replace(sample, group=f"{self.step}/{number}", query=name, info=_info(row), columns=columns)
-            )
+            name, columns = row_identity(row, number), dict(row.get("columns", {}))
+            for sample in self.demonstrations(row):
+                samples.append(
+                    replace(sample, group=f"{self.step}/{number}", query=name, info=_info(row), columns=columns)
+                )
         self._spent("render", began)
         return self._number(samples)
+
+    def replay_or_prompts(self, rows: Sequence[Row]) -> list[Sample]:
+        """Rows as they would be trained on, whatever they hold: pairs, demonstrations, or prompts."""
+        if all("chosen" in row for row in rows):
+            return self.pairs(rows)
+        imitated = all(any(key in row for key in ("messages", "completion", "text", "sample")) for row in rows)
+        return self.replay(rows) if imitated else self.prompts(rows, 1)
 
     def pairs(self, rows: Sequence[Row]) -> list[Sample]:
         """Chosen and rejected, two samples a row, in this order."""

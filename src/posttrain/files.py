@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from posttrain.errors import CheckpointError, ConfigError
+from posttrain.lock import run_lock
 
 __all__ = [
     "KILL_VARIABLE",
@@ -41,6 +42,7 @@ __all__ = [
     "publish",
     "remove_quietly",
     "remove_tree",
+    "run_lock",
     "scope",
     "sweep",
     "sync_folder",

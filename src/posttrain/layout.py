@@ -88,7 +88,12 @@ class Layout:
 
     @classmethod
     def of(
-        cls, tokens: Tensor, sizes: Sequence[int], *, width: int | None = None, extra: Mapping[str, Tensor] | None = None
+        cls,
+        tokens: Tensor,
+        sizes: Sequence[int],
+        *,
+        width: int | None = None,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Layout:
         """A layout of packed tokens.
 

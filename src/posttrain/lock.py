@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from posttrain.errors import CheckpointError
-from posttrain.files import make_folders
 
 __all__ = ["run_lock"]
 
@@ -32,7 +31,7 @@ def run_lock(folder: Path | str) -> Iterator[None]:
         raise CheckpointError(
             f"{folder} is already being written by this process (pid {os.getpid()}); expected one run a folder"
         )
-    make_folders(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:

@@ -277,7 +277,8 @@ class Pipeline:
 
     def _merge(self, stage: StageSpec, folder: Path) -> dict[str, float]:
         """Fold a stage's adapter into its weights."""
-        from posttrain.models.load import load, merge, save
+        from posttrain.models.load import load, save
+        from posttrain.models.lora import merge
 
         model, tokenizer = load(self.folder_of(str(stage.merge)))
         with atomic_folder(folder / "model") as partial:

@@ -247,11 +247,23 @@ def examined(model: str, *, data: str | None, task: str | None, rename: Sequence
 
     from posttrain.data.doctor import diagnose
     from posttrain.data.rows import load_rows
+    from posttrain.distributed.world import World
+    from posttrain.experience import Desk
+    from posttrain.opening import show_samples
 
-    loaded, tokenizer, _ = opened(model)
+    loaded, tokenizer, renderer = opened(model)
     rows: list[Any] | None = None
     if task is not None:
         rows = list(named_task(task, data).rows("demonstrations", 100, 0))
     elif data is not None:
         rows = load_rows(data, rename=renamed(rename))
-    return diagnose(tokenizer, rows, loaded.config, console=Console(), show=show)
+    console = Console()
+    findings = diagnose(tokenizer, rows, loaded.config, generation_config=getattr(loaded.module, "generation_config", None))
+    if rows and not any(finding.severity == "error" and "template" in finding.what for finding in findings):
+        show_samples(Desk(renderer, None, Sampling(), 1, 0, 0, World()).replay_or_prompts(rows[:show]), tokenizer, console)
+    for finding in findings:
+        style = {"error": "bold red", "warning": "yellow", "note": "dim"}[finding.severity]
+        console.print(str(finding), style=style, markup=False)
+    if not findings:
+        console.print("nothing is wrong", style="green")
+    return int(any(finding.severity == "error" for finding in findings))

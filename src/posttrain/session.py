@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 import warnings as python_warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ import torch
 
 from posttrain import monitor
 from posttrain.data.chat import Renderer
-from posttrain.data.colour import show_samples
 from posttrain.distributed.world import World
-from posttrain.errors import ConfigError, DataError, NumericsError
-from posttrain.experience import Desk, row_identity
+from posttrain.errors import ConfigError, NumericsError
+from posttrain.experience import Desk
 from posttrain.files import atomic_folder, atomic_write, run_lock
 from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest
 from posttrain.method import Method, Part
+from posttrain.opening import build_steppers, first_look
 from posttrain.pack import pack, shuffled_minibatches, units
 from posttrain.report.journal import Journal
 from posttrain.report.live import Live
@@ -43,7 +42,6 @@ from posttrain.wiring import (
     Cursor,
     build_models,
     derived_budget,
-    derived_optimizer,
     threads,
     total_steps,
     trained_parameters,
@@ -144,7 +142,7 @@ class Session:
                 tokenizer=tokenizer,
                 renderer=renderer,
                 sampler=NativeSampler(models["policy"], tokenizer, stop_tokens=renderer.stop_tokens),
-                steppers=_steppers(run, models, steps),
+                steppers=build_steppers(run, models, steps),
                 cursors={name: Cursor(rows, run.seed) for name, rows in run.sets().items()},
                 rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate)) if run.rewards else None,
                 journal=stack.enter_context(
@@ -152,7 +150,7 @@ class Session:
                         out if chief else out / f".rank-{world.rank}",
                         resume_step=saved.step if saved else (0 if (out / "run.json").exists() else None),
                         stage=out.name,
-                        trackers=open_trackers(run.writers, out) if chief else (),
+                        trackers=open_trackers(run.writers, out, resume_step=saved.step if saved else None) if chief else (),
                     )
                 ),
                 live=stack.enter_context(Live(out.name, steps, quiet=run.quiet or not chief)),
@@ -166,41 +164,14 @@ class Session:
             if saved:
                 session._restore(saved.tensors, saved.values, saved.step)
             else:
-                session._first_look(settings)
+                first_look(run, renderer, models, tokenizer, tokens=budget, rates=session.rates(), steps=steps, quiet=not chief)
             yield session
 
-    def _first_look(self, settings: Mapping[str, Any]) -> None:
-        """Refuse what must not be trained on, say what was derived, and show a few rendered samples."""
-        policy = self.models["policy"]
-        desk = self._desk()
-        limit = self.run.max_length or getattr(policy.config, "max_position_embeddings", 0) or 0
-        shown: list[Sample] = []
-        for _, part in self.run.method.parts().items():
-            if part.supply is not None:
-                continue
-            rows = self._cursor(part).rows
-            samples = _rendered(desk, part.method, rows)
-            self.renderer.check(samples[:64], imitates=part.method.imitates and part.method.rows != "prompts")
-            room = limit - (self.run.sampling.max_tokens if part.method.rows == "prompts" else 0)
-            too_long = [(i, len(s)) for i, s in enumerate(samples) if limit and len(s) > room]
-            if too_long:
-                index, length = too_long[0]
-                raise DataError(
-                    f"{len(too_long)} of {len(samples)} rows do not fit {room} tokens (the first: {samples[index].query}, "
-                    f"{length} tokens); nothing is cut in silence: shorten or drop them, or raise max_length"
-                )
-            shown += samples[: self.run.show]
-        if self.world.rank == 0 and not self.run.quiet:
-            rates = ", ".join(f"{s.settings.lr:g}" for s in self.steppers.values())
-            print(
-                f"{settings['method']['is']} on {policy.num_parameters / 1e6:.1f} M parameters: {self.total_steps} steps, "
-                f"learning rate {rates}, at most {self.token_budget} tokens a forward, {torch.get_num_threads()} thread(s), "
-                f"matrix products '{self.run.precision}'",
-                file=sys.stderr,
-            )
-            show_samples(shown[: self.run.show], self.tokenizer)
-
     # ------------------------------------------------------------------------------------------ the loop
+
+    def rates(self) -> list[float]:
+        """The peak learning rate of every optimiser."""
+        return [stepper.settings.lr or 0.0 for stepper in self.steppers.values()]
 
     def phases(self) -> Phases:
         """A new step's clock."""
@@ -444,28 +415,4 @@ _FREE = ("out", "save_every", "quiet", "show", "writers", "evaluate_every", "eva
 """Settings that may differ when a run goes on: they do not touch the weights."""
 
 
-def _steppers(run: Run, models: Mapping[str, Any], steps: int) -> dict[str, Stepper]:
-    """One optimiser shared by all parts (""), and one for each part that has its own."""
-    parameters = trained_parameters(models, run.method)
-    if not parameters:
-        raise ConfigError("nothing learns: no model of this run has a trainable parameter")
-    out = {"": Stepper(derived_optimizer(run, models["policy"]), parameters, steps * run.updates * run.minibatches)}
-    for name, part in run.method.parts().items():
-        if part.optimizer is not None:
-            settings = part.optimizer if part.optimizer.lr is not None else replace(part.optimizer, lr=out[""].settings.lr)
-            out[name] = Stepper(settings, parameters, steps)
-    return out
-
-
-def _rendered(desk: Desk, method: Method, rows: Sequence[Row]) -> list[Sample]:
-    """Every row as it will be trained on (prompts alone, for methods that sample)."""
-    if method.rows == "prompts":
-        return desk.prompts(rows, 1)
-    samples = desk.pairs(rows) if method.rows == "pairs" else desk.replay(rows)
-    for sample in samples:
-        if not any(sample.trained):
-            raise DataError(f"{sample.query}: nothing of this row is trained; its completion is empty or belongs to nobody")
-    return samples
-
-
-__all__ = ["Phases", "Session", "Work", "row_identity"]
+__all__ = ["Phases", "Session", "Work"]

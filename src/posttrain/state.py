@@ -25,8 +25,7 @@ from torch import Tensor
 from posttrain import files
 from posttrain.errors import CheckpointError
 from posttrain.exact_json import JSON, dumps, loads
-from posttrain.files import atomic_folder, atomic_write
-from posttrain.lock import run_lock
+from posttrain.files import atomic_folder, atomic_write, run_lock
 from posttrain.manifest import (
     NAME,
     Manifest,

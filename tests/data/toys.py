@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -132,7 +133,9 @@ def metaspace(template: str | None, **options: Any) -> PreTrainedTokenizerFast:
         vocab_size=620, special_tokens=["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]], show_progress=False
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    return _wrapped(tokenizer, template, unk_token="<unk>", **options)
+    whole = json.loads(tokenizer.to_str())  # bytes are ordinary tokens there, not added ones
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] == "<unk>"]
+    return _wrapped(Tokenizer.from_str(json.dumps(whole)), template, unk_token="<unk>", **options)
 
 
 def words(template: str | None, **options: Any) -> PreTrainedTokenizerFast:

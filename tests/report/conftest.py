@@ -1,4 +1,4 @@
-"""A run folder with made-up numbers, shaped like that of a real run: base -> demonstrations -> reinforcement learning."""
+"""A run folder with made-up numbers, shaped like a real one: base -> demonstrations -> reinforcement learning."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def evaluations(folder: Path) -> list[dict[str, object]]:
             )
             answer = boxes * pens - pens
             said = answer if right else answer + 1 + number % 5
-            worked = f"<think>\n{boxes} * {pens} = {boxes * pens}\n{boxes * pens} - {pens} = {said}\n</think>\nAnswer: {said}<|end|>"
+            steps = f"{boxes} * {pens} = {boxes * pens}\n{boxes * pens} - {pens} = {said}"
+            worked = f"<think>\n{steps}\n</think>\nAnswer: {said}<|end|>"
             text = (
                 worked
                 if model != "base"

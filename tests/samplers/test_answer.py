@@ -10,7 +10,7 @@ from posttrain.types import Origin, Sample
 
 
 class Pieces:
-    """Tokens are indices into a list of pieces of bytes; the first piece loses a leading space, as in some tokenizers."""
+    """Tokens are indices into a list of pieces of bytes; a leading space of the text may be lost."""
 
     def __init__(self, *pieces: bytes, strips: bool = False) -> None:
         self.pieces, self.strips = pieces, strips
@@ -95,7 +95,13 @@ def test_an_answer_is_appended_and_nothing_is_lost() -> None:
         columns={"weight": 2.0, "marks": [1.0, 2.0, 3.0]},
     )
     sample = extended(
-        prompt, [7, 2], logprobs=[-1.0, -2.0], sampled_logprobs=[-0.9, -1.9], finish="stop", temperature=0.8, policy_version=3
+        prompt,
+        [7, 2],
+        logprobs=[-1.0, -2.0],
+        sampled_logprobs=[-0.9, -1.9],
+        finish="stop",
+        temperature=0.8,
+        policy_version=3,
     )
     assert sample == Sample(
         tokens=[1, 5, 6, 7, 2],

@@ -81,7 +81,8 @@ def test_truncation_against_a_plain_implementation(vocabulary: int, top_k: int, 
 
 
 def test_top_p_over_a_flat_distribution_needs_more_than_the_first_look() -> None:
-    drawn = draw(torch.arange(1000).double()[None] * 1e-6, torch.tensor([0.0], dtype=torch.float64), Sampling(top_p=0.5))
+    logits = torch.arange(1000).double()[None] * 1e-6
+    drawn = draw(logits, torch.zeros(1, dtype=torch.float64), Sampling(top_p=0.5))
     assert 498 <= int(drawn.tokens[0]) <= 501  # the upper half of the entries is kept
     assert math.isclose(float(drawn.sampled_logprobs[0]), -math.log(500), abs_tol=1e-2)
 

@@ -33,9 +33,7 @@ def make(name: str, dtype: str = "float32") -> LanguageModel:
 
 
 def prompt(tokens: Sequence[int], index: int = 0, **fields: Any) -> Sample:
-    return Sample(
-        tokens=list(tokens), origin=[Origin.USER] * len(tokens), trained=[False] * len(tokens), index=index, **fields
-    )
+    return Sample(tokens=list(tokens), origin=[Origin.USER] * len(tokens), trained=[False] * len(tokens), index=index, **fields)
 
 
 def ragged(count: int = 9, copies: int = 2, *, longest: int = 13) -> list[Sample]:
@@ -112,7 +110,8 @@ def compositions(model: LanguageModel, *, exact: bool) -> list[dict[int, Sample]
     prompts, settings = ragged(9, 3), Sampling(temperature=1.1, max_tokens=40)
     shuffled = random.Random(0).sample(prompts, len(prompts))
     found = []
-    for some, width in [(prompts, 64), (prompts, 5), (shuffled, 7), (prompts[:4], 64), (prompts[-1:], 1), (shuffled, 1)]:
+    several = [(prompts, 64), (prompts, 5), (shuffled, 7), (prompts[:4], 64), (prompts[-1:], 1), (shuffled, 1)]
+    for some, width in several:
         made = sampler(model, max_batch=width, exact=exact, max_context=64)
         answers = made.sample(some, sampling=settings, seed=7, step=2)
         assert [answer.index for answer in answers] == [start.index for start in some]
@@ -202,13 +201,12 @@ def test_long_answers_and_long_prompts_grow_the_cache() -> None:
 
 def test_max_tokens_and_the_context_end_an_answer() -> None:
     model = make("llama")  # a context of 128
-    answers = sampler(model, stop_tokens=()).sample(
-        [prompt([1] * 3, 0), prompt([1] * 120, 1), prompt([1] * 127, 2)], sampling=Sampling(max_tokens=20), seed=0, step=0
-    )
+    prompts = [prompt([1] * 3, 0), prompt([1] * 120, 1), prompt([1] * 127, 2)]
+    answers = sampler(model, stop_tokens=()).sample(prompts, sampling=Sampling(max_tokens=20), seed=0, step=0)
     assert [len(answer.completion) for answer in answers] == [20, 8, 1]
     assert {answer.finish for answer in answers} == {"length"}
-    short = sampler(model, stop_tokens=(), max_context=10).sample([prompt([1] * 3)], sampling=Sampling(), seed=0, step=0)
-    assert len(short[0]) == 10
+    narrow = sampler(model, stop_tokens=(), max_context=10)
+    assert len(narrow.sample(prompts[:1], sampling=Sampling(), seed=0, step=0)[0]) == 10
 
 
 @pytest.mark.filterwarnings("error")
@@ -259,18 +257,18 @@ def test_truncated_answers_carry_both_logprobs() -> None:
             kept = best.indices[:5][best.values[:5].cumsum(0) - best.values[:5] < 0.8 * best.values[:5].sum()]
             token = answer.tokens[place]
             assert token in kept
-            assert answer.sampled_logprobs[place] == pytest.approx(float((probabilities[token] / probabilities[kept].sum()).log()))
+            share = probabilities[token] / probabilities[kept].sum()
+            assert answer.sampled_logprobs[place] == pytest.approx(float(share.log()))
             assert answer.logprobs[place] == pytest.approx(float(probabilities[token].log()))
 
 
 def test_a_prefix_of_the_answer_is_continued() -> None:
-    model, settings = make("llama", "float64"), Sampling(max_tokens=12)
-    whole = sampler(model, stop_tokens=()).sample([prompt([1, 7], 3, turn=[0, 0])], sampling=settings, seed=0, step=0)[0]
-    part = whole.with_(
-        tokens=whole.tokens[:6], origin=whole.origin[:6], trained=whole.trained[:6], turn=whole.turn[:6], policy_version=8,
-        logprobs=whole.logprobs[:6], sampled_logprobs=whole.sampled_logprobs[:6],
-    )  # fmt: skip
-    again = sampler(model, stop_tokens=()).sample([part], sampling=Sampling(max_tokens=8), seed=0, step=0)[0]
+    made = sampler(make("llama", "float64"), stop_tokens=())
+    start = prompt([1, 7], 3, turn=[0, 0])
+    (whole,) = made.sample([start], sampling=Sampling(max_tokens=12), seed=0, step=0)
+    lists = ("tokens", "origin", "trained", "turn", "logprobs", "sampled_logprobs")
+    part = whole.with_(policy_version=8, **{name: getattr(whole, name)[:6] for name in lists})
+    (again,) = made.sample([part], sampling=Sampling(max_tokens=8), seed=0, step=0)
     assert again.tokens == whole.tokens
     assert again.turn == whole.turn == [0, 0] + [1] * 12
     assert again.logprobs == pytest.approx(whole.logprobs, abs=1e-11)

@@ -25,7 +25,10 @@ def test_answers_go_by_index_whatever_the_order_of_calls() -> None:
 
 
 def test_a_function_writes_answers_with_logprobs() -> None:
-    sampler = ScriptedSampler(lambda sample, index: Answer([sample.tokens[-1], index], [-0.1, -0.2], [-0.05, -0.1], "length"))
+    def script(sample: Sample, index: int) -> Answer:
+        return Answer([sample.tokens[-1], index], [-0.1, -0.2], [-0.05, -0.1], "length")
+
+    sampler = ScriptedSampler(script)
     (answer,) = sampler.sample([prompt(5)], sampling=Sampling(), seed=0, step=0)
     assert answer.completion == [3, 5]
     assert answer.logprobs == [0.0, 0.0, -0.1, -0.2]

@@ -110,7 +110,8 @@ def test_the_verifier_rejects_other_numbers(written: str) -> None:
 @pytest.mark.parametrize(
     "written",
     ["", "24", "<answer></answer>", "<answer>24", "24</answer>", "<answer>24</answer><answer>24",
-     "<answer>24 25</answer>", "<answer>２４</answer>", "<answer>٢٤</answer>", "<answer>2 4</answer>", "<answer>24 apples</answer>",
+     "<answer>24 25</answer>", "<answer>２４</answer>", "<answer>٢٤</answer>", "<answer>2 4</answer>",
+     "<answer>24 apples</answer>",
      "<answer>24.</answer>", "<answer>1e3</answer>", "<answer>" + "9" * 5000 + "</answer>", "<answer>nan</answer>",
      "<answer>0x18</answer>", "<answer>48/2</answer>", "<answer>2_4</answer>"],
 )  # fmt: skip

@@ -92,7 +92,10 @@ class Renderer:
         self.template_stops: tuple[int, ...] = tuple(after[:1])
         stops = [*after[:1], tokenizer.eos_token_id, *checks.as_ids(getattr(generation_config, "eos_token_id", None))]
         self.stop_tokens = tuple(dict.fromkeys(int(token) for token in stops if token is not None))
-        written = set(markup.ids) | set(ids_of(tokenizer, self.template.text(probe[:1], ask=True)))
+        asked = self.template.text(probe[:1], ask=True)
+        gap = text[len(asked) : text.find("World")] if text.startswith(asked) else ""
+        self._lead = gap if gap.isspace() else ""
+        written = set(markup.ids) | set(ids_of(tokenizer, asked))
         self.control: Control = control_tokens(
             tokenizer,
             source=self.template.source,
@@ -248,14 +251,15 @@ class Renderer:
         spans = self.template.contents(messages, tools, text, ask=ask)
         guarded = [(s.start, s.end, self.control.of(str(messages[s.message].get("role")))) for s in spans]
         page = Rendering(
-            self.template,
-            self.control,
-            self.stop_tokens,
-            messages,
-            tools,
-            ask,
-            spans,
-            encode(self.tokenizer, text, guarded),
+            template=self.template,
+            control=self.control,
+            stops=self.stop_tokens,
+            messages=messages,
+            tools=tools,
+            ask=ask,
+            spans=spans,
+            encoded=encode(self.tokenizer, text, guarded),
+            lead=self._lead,
         )
         answers = page.answers()
         origin, on, trouble = page.origins(), [False] * len(page.encoded.ids), ""

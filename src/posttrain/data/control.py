@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TAG = re.compile(r"</?([A-Za-z][\w-]*)>")
 
 
@@ -64,7 +65,7 @@ def control_tokens(
     added: dict[int, str] = {}
     for number, token in tokenizer.added_tokens_decoder.items():
         text = token if isinstance(token, str) else token.content
-        if text.strip():  # a run of blanks that was added to the vocabulary is not a control token
+        if text.strip() and not _BYTE.fullmatch(text):  # added runs of blanks and bytes are not control tokens
             added[int(number)] = text
             if not isinstance(token, str) and token.special:
                 special.add(int(number))

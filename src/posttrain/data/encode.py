@@ -22,12 +22,13 @@ class Encoded:
     text: str
     ids: list[int]  # [T]
     starts: list[int]  # [T] first character of each token
+    solid: list[int]  # [T] the same without white space that the tokenizer may have dropped before it
     ends: list[int]  # [T] one past its last character
     plain: dict[int, list[int]] = field(default_factory=dict)  # token -> the ordinary tokens to write in its place
 
     def at(self, character: int) -> int:
-        """The first token that starts at `character` or after it."""
-        return bisect_left(self.starts, character)
+        """The first token whose own text starts at `character` or after it."""
+        return bisect_left(self.solid, character)
 
     def spread(self, values: Iterable[Item]) -> list[Item]:
         """One value per token, repeated where one token became several."""
@@ -72,16 +73,24 @@ def encode(
         ) from cause
     ids = [int(token) for token in encoding["input_ids"]]
     starts: list[int] = []
+    solid: list[int] = []
     ends: list[int] = []
     reached = 0
     for start, end in encoding["offset_mapping"]:
-        begins = reached if end > reached else max(start, starts[-1] if starts else 0)
-        starts.append(min(begins, len(text)))
+        if end > reached:
+            skipped = text[reached : max(start, reached)].rstrip()
+            if skipped and ends:  # normalised away with what stood before it (a combining accent)
+                reached = ends[-1] = reached + len(skipped)
+            starts.append(min(reached, start) if start < reached else reached)
+        else:  # no text of its own, or another part of the same character
+            starts.append(start)
+        starts[-1] = min(max(starts[-1], starts[-2] if len(starts) > 1 else 0), len(text))
+        solid.append(max(start if end > start else starts[-1], solid[-1] if solid else 0))
         reached = max(reached, end)
         ends.append(max(end, starts[-1]))
-    encoded = Encoded(text, ids, starts, ends)
+    encoded = Encoded(text, ids, starts, solid, ends)
     for start, end, forbidden in guarded:
-        for number in range(max(0, encoded.at(start) - 1), len(ids)):
+        for number in range(max(0, bisect_left(starts, start) - 1), len(ids)):
             if starts[number] >= end:
                 break
             token = ids[number]

@@ -50,6 +50,7 @@ class Rendering:
     ask: bool
     spans: Sequence[Span]
     encoded: Encoded
+    lead: str  # white space that the template writes between the generation prompt and an answer
 
     @property
     def text(self) -> str:
@@ -85,6 +86,8 @@ class Rendering:
         except TemplateError as cause:
             return Answer(i, content or 0, f"the prompt of message {i} cannot be rendered alone: {cause}")
         if not self.text.startswith(asked):
+            if content is not None and self.text[:content].endswith(self.lead):
+                content -= len(self.lead)
             if content is None:
                 raise Rewritten(f"the chat template rewrites the conversation before message {i} and drops its content")
             return Answer(
@@ -140,7 +143,7 @@ class Rendering:
         if answer.trouble or answer.message == 0:
             return answer.trouble
         ids, first = self.encoded.ids, answer.first
-        if self.encoded.starts[first : first + 1] not in ([], [answer.begin]):
+        if first and self.encoded.ends[first - 1] > answer.begin:
             near = self.text[max(0, answer.begin - 12) : answer.begin + 12]
             return f"one token stands across the end of the prompt, around {near!r}"
         start = first
@@ -154,10 +157,13 @@ class Rendering:
         return ""
 
     def origins(self) -> list[int]:
-        """[T] who wrote each token, by its last character that is not white space."""
+        """[T] who wrote each token, by its last character that is not white space; answers are left as TEMPLATE."""
         who = bytearray([int(Origin.TEMPLATE)]) * (len(self.text) + 1)
         for span in self.spans:
-            origin = int(_ORIGINS.get(str(self.messages[span.message].get("role")), Origin.CONTEXT))
+            role = str(self.messages[span.message].get("role"))
+            if role == "assistant":
+                continue
+            origin = int(_ORIGINS.get(role, Origin.CONTEXT))
             who[span.start : span.end] = bytes([origin]) * (span.end - span.start)
         origins = []
         for start, end in zip(self.encoded.starts, self.encoded.ends, strict=True):
@@ -177,14 +183,18 @@ class Rendering:
             ends = [span.end for span in self.spans if span.message == m]
             if m in placed:
                 reached = max(reached, self._closed(placed[m].last, control=False))
-            elif ends:
+            elif ends and max(ends) <= min((s.start for s in self.spans if s.message > m), default=len(self.text)):
                 reached = max(reached, self._closed(self.encoded.at(max(ends)), control=True))
         turn = [0] * len(self.encoded.ids)
         for m, (border, end) in enumerate(zip(borders, [*borders[1:], len(turn)], strict=True)):
             turn[border:end] = [m] * max(0, end - border)
+        runs = []
         for span in self.spans:
-            for t in range(self.encoded.at(span.start), self.encoded.at(span.end)):
-                turn[t] = span.message
+            first = self.encoded.at(span.start)
+            shared = first > 0 and self.encoded.ends[first - 1] > span.start  # a token with some of the content
+            runs.append((first - int(shared), self.encoded.at(span.end), span.message))
+        for first, last, m in runs + [(answer.first, answer.last, answer.message) for answer in answers]:
+            turn[first:last] = [m] * max(0, last - first)
         return turn
 
     def _header(self, answer: Answer | None, m: int) -> int | None:

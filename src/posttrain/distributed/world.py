@@ -73,9 +73,7 @@ class World:
             store = next(rendezvous("env://", rank, size, timeout=limit))[0]
             store.set_timeout(limit)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(
-                backend, store=PrefixStore("torch", store), rank=rank, world_size=size, timeout=limit
-            )
+            dist.init_process_group(backend, store=PrefixStore("torch", store), rank=rank, world_size=size, timeout=limit)
         except (RuntimeError, ValueError) as cause:
             message = f"rank {rank} could not join {size} ranks at {address} within {timeout_seconds:g} s: {cause}"
             raise WorldError(message) from cause
@@ -191,9 +189,7 @@ class World:
             return loads(dumps(value))
         content = bytearray(dumps(value).encode()) if self.rank == source else bytearray()
         length = self.broadcast(torch.tensor([len(content)]), source=source, name=f"{name}: length")
-        buffer = (
-            torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(int(length), dtype=torch.uint8)
-        )
+        buffer = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(int(length), dtype=torch.uint8)
         return loads(self.broadcast(buffer, source=source, name=name).numpy().tobytes())
 
     # ------------------------------------------------------------------------------------------------ waits
@@ -252,10 +248,10 @@ class World:
             waited = time.monotonic() - began
             others = self._whereabouts(name)
             message = (
-                f"rank {self.rank} of {self.size} gave up '{name}' after {waited:.1f} s (deadline {limit:g} s); {others}. "
-                "A rank that does not answer has died or is stuck: look at its output. Cause: "
+                f"rank {self.rank} of {self.size} gave up '{name}' after {waited:.1f} s (deadline {limit:g} s): {others}. "
+                f"A rank that does not answer has died or is stuck; see its output.  Cause: {str(cause).splitlines()[:1]}"
             )
-            raise WorldError(message + str(cause).split("\n")[0]) from cause
+            raise WorldError(message) from cause
 
     def _whereabouts(self, name: str) -> str:
         """What the other ranks say of themselves, in words."""

@@ -81,17 +81,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def _over_spread(centred: Tensor, variance: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`centred / sqrt(variance + eps)`, and exactly 0 where nothing differs by more than float noise."""
+    noise = 1e-8 if centred.dtype == torch.float64 else 1e-6
+    differs = centred.abs().amax() > noise * scale if centred.numel() else torch.zeros_like(scale, dtype=torch.bool)
+    return torch.where(differs, centred / (variance + eps).sqrt(), 0)
+
+
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """`(x - mean) / sqrt(var + eps)` over all trained tokens of the batch, population variance.  `[B, T] -> [B, T]`."""
     centred = torch.where(mask, values - masked_mean(values, mask), 0)
-    return centred / (masked_mean(centred**2, mask) + eps).sqrt()
+    return _over_spread(centred, masked_mean(centred**2, mask), masked_mean(values.abs(), mask), eps)
 
 
 def whiten_sample(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """As `whiten`, with the variance divided by n - 1.  `[B, T] -> [B, T]`."""
     centred = torch.where(mask, values - masked_mean(values, mask), 0)
     variance = (centred**2).sum() / (mask.sum() - 1).clamp(min=1).to(values.dtype)
-    return centred / (variance + eps).sqrt()
+    return _over_spread(centred, variance, masked_mean(values.abs(), mask), eps)
 
 
 def score_at_end(score: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Causal attention over packed rows: rows of like length go through one batched kernel, and no mask over the pack exists.
+"""Causal attention over packed rows: rows of like length go through one batched kernel, without a mask.
 
-Axes: `N` real tokens of all rows, `b` rows of one group, `t` tokens of the longest row of a group, `H` query heads, `Kv` key and
-value heads, `d` width of a head.  Right padding needs no mask under causal attention: a real token never looks at what follows.
+Axes: `N` real tokens of all rows, `b` rows of one group, `t` tokens of the longest row of a group, `H` query heads,
+`Kv` key and value heads, `d` width of a head.  Right padding needs no mask under causal attention: a real token never
+looks at what follows.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _varlen_kernel() -> Callable[..., Any] | None:
 
 
 def _varlen(q: Tensor) -> Callable[..., Any] | None:
-    """The kernel, where it applies: half precision on a GPU with flash attention, head width a multiple of 8, at most 256."""
+    """The kernel, where it applies: half precision on a GPU with flash attention, heads of 8, 16, ... 256."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
         return None
     if torch.cuda.get_device_capability(q.device) < (8, 0):

@@ -1,7 +1,8 @@
 """The forward pass of Llama, Mistral, Qwen2, Qwen3 and Gemma in pieces that work on tokens, wherever these come from.
 
-The weights are those of the transformers module, by reference; so are its linear layers, which LoRA may have wrapped.  A trainer
-strings the pieces together over packed rows, a sampler over one token a row with a cache between `qkv` and `finish`.
+The weights are those of the transformers module, by reference; so are its linear layers, which LoRA may have wrapped.
+A trainer strings the pieces together over packed rows, a sampler over one token a row with a cache between `qkv` and
+`finish`.
 
 Axes: `n` tokens, `D` hidden width, `H` query heads, `Kv` key and value heads, `d` width of a head, `V` vocabulary.
 """
@@ -36,7 +37,7 @@ def supports(module: nn.Module) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / rms(x)` over the last axis, as Llama does it: float32 inside (float64 stays), weighed in x's dtype."""
+    """`weight * x / rms(x)` over the last axis, as Llama does it: float32 inside (float64 stays), then x's dtype."""
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
@@ -164,7 +165,7 @@ class Decoder:
             return cast("Tensor", module(x))
         if type(module) is nn.Linear:
             return self.linear(x, module.weight, module.bias)
-        base = getattr(module, "base_layer", None)
+        base: Any = getattr(module, "base_layer", None)
         plain_lora = type(base) is nn.Linear and hasattr(module, "lora_A") and not getattr(module, "lora_variant", None)
         if not plain_lora or module.merged:
             return cast("Tensor", module(x))

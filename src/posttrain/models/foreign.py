@@ -1,6 +1,7 @@
 """The forward pass of any causal language model of transformers, on right-padded rows, behind the packed interface.
 
-Axes: `N` real tokens, `B` rows, `t` tokens of the longest row, `T` width of the batch, `D` hidden width, `V` vocabulary, `H` heads.
+Axes: `N` real tokens, `B` rows, `t` tokens of the longest row, `T` width of the batch, `D` hidden width, `V`
+vocabulary, `H` heads.
 """
 
 from __future__ import annotations
@@ -41,10 +42,8 @@ class ForeignTrunk:
             raise ConfigError(f"{kind} does not say where its trunk is (base_model_prefix); expected a transformers causal model")
         return base
 
-    def run(
-        self, layout: Layout, embeddings: Tensor | None, attention_layers: Sequence[int]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Hidden states `[N, D]` after the last norm, and the attention `[B, H, T, T]` of some layers, without gradients."""
+    def run(self, layout: Layout, embeddings: Tensor | None, attention_layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states `[N, D]` after the last norm, and `[B, H, T, T]` of some layers, without gradients."""
         tight = replace(layout, width=layout.longest, plans={})
         real = tight.scatter(torch.ones_like(layout.tokens))  # [B, t]
         inputs: dict[str, Any] = {"attention_mask": real}

@@ -1,7 +1,7 @@
-"""The matrix product of a linear layer, three ways, and a short probe that says which float32 way is faster on this host.
+"""The matrix product of a linear layer, three ways, and a probe that says which float32 way is faster here.
 
-`exact` is torch's own product and the default; `fast` is float32 through oneDNN, which beats torch's choice on some CPUs; `bf16`
-multiplies bfloat16 copies of float32 master weights and keeps everything else in float32.
+`exact` is torch's own product and the default; `fast` is float32 through oneDNN, which beats torch's choice on some
+CPUs; `bf16` multiplies bfloat16 copies of float32 master weights and keeps everything else in float32.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _OneDNN(Function):
 
 
 def fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same in float32 through oneDNN; torch's own where oneDNN is missing, or the tensors are not float32 on a CPU."""
+    """The same by oneDNN; torch's own product where oneDNN is missing or the tensors are not float32 on a CPU."""
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
     if plain or x.numel() == 0 or not has_onednn():
         return functional.linear(x, weight, bias)
@@ -146,4 +146,16 @@ def probe(*, tokens: int = 256, width: int = 512, repeats: int = 5) -> Probe:
     return Probe(choice, exact_seconds, fast_seconds, torch.get_num_threads())
 
 
-__all__ = ["LINEAR", "Linear", "Precision", "Probe", "bf16", "exact", "fast", "has_onednn", "linear_of", "onednn", "probe"]
+__all__ = [
+    "LINEAR",
+    "Linear",
+    "Precision",
+    "Probe",
+    "bf16",
+    "exact",
+    "fast",
+    "has_onednn",
+    "linear_of",
+    "onednn",
+    "probe",
+]

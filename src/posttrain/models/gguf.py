@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,22 @@ import torch
 
 from posttrain.errors import CheckpointError, ConfigError, MissingExtraError, extra
 
-DIGITS_APART = ("smollm", "starcoder", "refact", "command-r")
+DIGITS_APART = ("smollm",)
 """Values of `tokenizer.ggml.pre` whose tokenizers take every digit by itself before GPT-2's own splitting."""
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Inside, transformers draws no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def smollm2_file() -> Path:
@@ -31,8 +47,8 @@ def smollm2_file() -> Path:
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model and its tokenizer from a GGUF file, its weights made plain numbers again.
 
-    What the conversion of transformers loses is put back: the digit splitting of SmolLM's tokenizer, and the mark that the
-    weights are not quantised any more, so that the model can be saved.
+    What the conversion of transformers loses is put back: the digit splitting of SmolLM's tokenizer, and the mark
+    that the weights are not quantised any more, so that the model can be saved.
 
     Raises:
         MissingExtraError: `gguf` is not installed.
@@ -40,19 +56,14 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     gguf: Any = extra("gguf", "smollm2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     splitting = _field(gguf, file, "tokenizer.ggml.pre")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        module = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            module = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
     except ValueError as cause:
         raise ConfigError(f"{file} cannot be opened by this transformers: {cause}") from cause
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     if splitting in DIGITS_APART:
         _split_digits(tokenizer)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -79,4 +90,4 @@ def _split_digits(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
 
 
-__all__ = ["DIGITS_APART", "load_gguf", "smollm2_file"]
+__all__ = ["DIGITS_APART", "load_gguf", "no_progress_bars", "smollm2_file"]

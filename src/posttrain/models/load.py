@@ -1,4 +1,4 @@
-"""Models by name: the embedded one, a real small one as a package, any Hugging Face folder or hub name; and back to a folder."""
+"""Models by name: the embedded one, a real small one, any Hugging Face folder or hub name; and back to a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import CheckpointError, ConfigError, extra, nearest
-from posttrain.models.gguf import load_gguf, smollm2_file
+from posttrain.models.gguf import load_gguf, no_progress_bars, smollm2_file
 from posttrain.models.heads import load_heads, save_heads
 from posttrain.models.lora import Lora, apply, merge, reopen, save_adapters
 from posttrain.models.model import LanguageModel
@@ -37,7 +37,8 @@ def load(
     """Open a model and its tokenizer.
 
     Args:
-        name_or_path: "tiny", "smollm2", a Hugging Face folder (full model or LoRA adapters), a .gguf file, or a hub name.
+        name_or_path: "tiny", "smollm2", a Hugging Face folder (full model or LoRA adapters), a .gguf file, or a hub
+            name.
         dtype: Of the weights: "float32", "bfloat16", "float16" or "float64".
         device: Where to put it; a GPU when there is one, by default.
         lora: Put fresh adapters on it, so that only these learn.
@@ -60,7 +61,8 @@ def load(
     if four_bit and (where.type != "cuda" or lora is None):
         raise ConfigError("four_bit keeps frozen weights on a GPU: it needs device='cuda' and lora=Lora()")
     found = resolve(name_or_path)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    name = str(name_or_path if str(name_or_path) in NAMES or isinstance(found, str) else found.resolve())
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     if isinstance(found, Path) and (found / "adapter_config.json").is_file():
         if lora is not None or four_bit:
             raise ConfigError(f"{found} holds LoRA adapters already; load it without lora and four_bit, or merge it first")
@@ -70,13 +72,14 @@ def load(
             tokenizer = _tokenizer(found, options)
     elif isinstance(found, Path) and found.suffix == ".gguf":
         module, tokenizer = load_gguf(found, getattr(torch, dtype))
-        model = LanguageModel(module.to(where), name=str(name_or_path))
+        model = LanguageModel(module.to(where), name=name)
     else:
         module = _module(found, getattr(torch, dtype), where, options, four_bit=four_bit)
         tokenizer = _tokenizer(found, options)
-        model = LanguageModel(module, name=str(name_or_path))
+        model = LanguageModel(module, name=name)
     if isinstance(found, Path) and found.is_dir():
-        model.heads.update(load_heads(found).to(where))
+        for head, layer in load_heads(found).to(where).items():
+            model.heads[head] = layer
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
     if len(tokenizer) > model.vocab_size:
@@ -132,8 +135,8 @@ def _checked(folder: Path) -> Path:
         pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
         if pickled:
             raise CheckpointError(
-                f"{folder} holds its weights as pickle ({pickled[0]}), which can run code when opened; convert them once, where you "
-                "trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes model.safetensors"
+                f"{folder} holds its weights as pickle ({pickled[0]}), which can run code when opened; if you trust them, "
+                "convert them once: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
             )
         raise CheckpointError(f"{folder} has a config.json but no weights; expected *.safetensors")
     return folder
@@ -148,34 +151,44 @@ def _base_of(folder: Path) -> str:
     return str(base)
 
 
-def _module(found: Path | str, dtype: torch.dtype, device: torch.device, options: dict[str, bool], *, four_bit: bool) -> Any:
+def _module(found: Path | str, dtype: torch.dtype, device: torch.device, options: dict[str, Any], *, four_bit: bool) -> Any:
     """The transformers model, whole: weights that the file lacks are an error, not random numbers."""
     from transformers import AutoModelForCausalLM
 
     settings = _config(found, options)
     more: dict[str, Any] = {"quantization_config": _four_bit()} if four_bit else {}
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            str(found), config=settings, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **more
-        )
+        with no_progress_bars():
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                str(found),
+                config=settings,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **more,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as cause:
         if isinstance(cause, ValueError) and "Unrecognized configuration class" in str(cause):
             raise ConfigError(f"{found} ({settings.model_type}) is not a causal language model") from cause
         raise CheckpointError(f"the weights of {found} could not be opened: {cause}") from cause
+    module, info = opened
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"the weights of {found} lack {len(missing)} tensors, the first is '{missing[0]}'")
     return module if four_bit else module.to(device)
 
 
-def _config(found: Path | str, options: dict[str, bool]) -> Any:
+def _config(found: Path | str, options: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(found), **options)
     except (OSError, ValueError, KeyError) as cause:
         if isinstance(found, str):
-            raise ConfigError(f"'{found}' is no folder here and no model that the hub gave{nearest(found, NAMES)}: {cause}") from cause
+            raise ConfigError(
+                f"'{found}' is no folder here and no model that the hub gave{nearest(found, NAMES)}: {cause}"
+            ) from cause
         try:
             kept = json.loads((found / "config.json").read_text(encoding="utf-8"))
         except ValueError as broken:
@@ -189,7 +202,7 @@ def _config(found: Path | str, options: dict[str, bool]) -> Any:
         raise ConfigError(f"{found / 'config.json'} cannot be used: {cause}") from cause
 
 
-def _tokenizer(found: Path | str, options: dict[str, bool]) -> Any:
+def _tokenizer(found: Path | str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -218,8 +231,8 @@ def _four_bit() -> Any:
 def save(model: LanguageModel, tokenizer: Any, folder: str | Path) -> Path:
     """Write a model as a Hugging Face folder, safetensors only; with LoRA, the adapters alone.
 
-    A full model opens with `AutoModelForCausalLM.from_pretrained(folder)` and in vLLM; adapters open with `load`, and become
-    a full model by `merge`.  Extra heads stand beside them in heads.safetensors and are named in config.json.
+    A full model opens with `AutoModelForCausalLM.from_pretrained(folder)` and in vLLM; adapters open with `load`, and
+    become a full model by `merge`.  Extra heads stand beside them in heads.safetensors and are named in config.json.
 
     Returns:
         The folder.
@@ -230,9 +243,8 @@ def save(model: LanguageModel, tokenizer: Any, folder: str | Path) -> Path:
         save_adapters(model, target)
     else:
         module: Any = model.module
-        module.config.posttrain_heads = sorted(model.heads) or None
-        if not len(model.heads) and hasattr(module.config, "posttrain_heads"):
-            del module.config.posttrain_heads
+        if len(model.heads):
+            module.config.posttrain_heads = sorted(model.heads)
         module.save_pretrained(str(target))
     save_heads(model.heads, target)
     tokenizer.save_pretrained(str(target))

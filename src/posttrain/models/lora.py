@@ -31,7 +31,7 @@ class Lora:
     dropout: float = 0.0
     """Share of the adapters' inputs that is dropped while `LanguageModel.dropout(True)` holds."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Which linear layers are adapted: "all-linear" (all but the head) or the names of layers, as ("q_proj", "v_proj")."""
+    """Which linear layers are adapted: "all-linear" (all but the head) or names, as ("q_proj", "v_proj")."""
     rank_stabilised: bool = False
     """Scale by `alpha / sqrt(r)` instead (rsLoRA, arXiv 2312.03732)."""
     seed: int = 0
@@ -45,7 +45,7 @@ class Lora:
 
 
 def apply(model: LanguageModel, lora: Lora) -> LanguageModel:
-    """Put fresh adapters on a model; the same weights underneath, by reference.  Only the adapters and extra heads learn.
+    """Put fresh adapters on a model, by reference.  Only the adapters and extra heads learn.
 
     Raises:
         MissingExtraError: PEFT is not installed.
@@ -97,7 +97,7 @@ def save_adapters(model: LanguageModel, folder: Path) -> None:
 
 
 def merge(model: LanguageModel) -> LanguageModel:
-    """A copy of the model with its adapters added into the weights, of which all learn; the model itself stays as it is.
+    """A copy of the model with its adapters added into the weights, which all learn; the model itself stays as it is.
 
     Raises:
         ConfigError: It has no adapters.

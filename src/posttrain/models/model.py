@@ -1,7 +1,7 @@
-"""A language model as the rest of the library sees it: packed tokens in, hidden states out, logits where they are wanted.
+"""A language model as the rest of the library sees it: packed tokens in, hidden states out, logits where wanted.
 
-Axes: `N` real tokens of a batch (packed), `n` some of them, `B` rows, `T` width of the batch, `D` hidden width, `V` vocabulary,
-`H` query heads.
+Axes: `N` real tokens of a batch (packed), `n` some of them, `B` rows, `T` width of the batch, `D` hidden width, `V`
+vocabulary, `H` query heads.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Trunk:
 class LanguageModel:
     """A causal language model, its extra heads, and how its forward pass is run.
 
-    Llama, Mistral, Qwen2, Qwen3 and Gemma run packed through their own `Decoder`; every other causal model runs through its
-    transformers trunk on padded rows, with the same interface and results.  Dropout is off unless `dropout(True)` asks for it.
+    Llama, Mistral, Qwen2, Qwen3 and Gemma run packed through their own `Decoder`; every other causal model runs
+    through its transformers trunk on padded rows, with the same interface and results.  Dropout is off unless
+    `dropout(True)` asks for it.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class LanguageModel:
         self.precision: Precision = "exact"
         self.use_precision(precision)
         if checkpointing and self.decoder is None:
-            warnings.warn(f"checkpointing has no effect on {type(causal_lm(module)).__name__}: its trunk is not our own", stacklevel=2)
+            warnings.warn(
+                f"checkpointing has no effect on {type(causal_lm(module)).__name__}: its trunk is not our own",
+                stacklevel=2,
+            )
         self.heads.to(self.device)
         self.dropout(False)
 
@@ -153,7 +157,8 @@ class LanguageModel:
         Args:
             layout: The rows.
             embeddings: `[N, D]` in place of `embed(layout.tokens)`.
-            attention_layers: Layers whose attention is wanted as numbers, without gradients; negative counts from the end.
+            attention_layers: Layers whose attention is wanted as numbers, without gradients; negative counts from the
+                end.
 
         Returns:
             Hidden states `[N, D]` after the last norm, and `[B, H, T, T]` a layer.
@@ -220,11 +225,14 @@ class LanguageModel:
         """Compute the matrix products in another way from now on: "exact", "fast" or "bf16"; see `gemm`.
 
         Raises:
-            ConfigError: The model runs through a trunk that is not our own, or "bf16" was asked of weights in half precision.
+            ConfigError: The model runs through a trunk that is not our own, or "bf16" was asked of weights in half
+                precision.
         """
         linear = linear_of(precision)
         if precision != "exact" and self.decoder is None:
-            raise ConfigError(f"precision '{precision}' needs our own forward; {type(causal_lm(self.module)).__name__} has 'exact' only")
+            raise ConfigError(
+                f"precision '{precision}' needs our own forward; {type(causal_lm(self.module)).__name__} has 'exact' only"
+            )
         if precision == "bf16" and self.dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"precision 'bf16' keeps float32 master weights; these are {self.dtype}: use 'exact'")
         self.precision = precision

@@ -68,7 +68,7 @@ Draw = Callable[["Axes", Palette], None]
 
 
 def bars(title: str, entries: Sequence[Bar], *, unit: Unit) -> Chart:
-    """Horizontal bars with 95 % intervals, the first at the top; the last one, what the run made, in the accent colour."""
+    """Horizontal bars with 95 % intervals, the first at the top; the last, what the run made, in the accent colour."""
     scale = 100 if unit == "share" else 1
 
     def draw(axes: Axes, palette: Palette) -> None:
@@ -240,7 +240,7 @@ def _drawn(draw: Draw, palette: Palette, height: float) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    options: dict[str, Any] = {
+    options: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "posttrain",
         "font.family": "DejaVu Sans",

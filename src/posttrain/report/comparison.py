@@ -58,8 +58,8 @@ class Comparison:
 def compare(answers: Answers) -> Comparison | None:
     """The problems that every model answered, counted by kind, with a few of each in order of their ids.
 
-    The choice looks at the kind alone: within one, the problems are spread evenly over all of them.  None when fewer than two
-    models answered the same problem.
+    The choice looks at the kind alone: within one, the problems are spread evenly over all of them.  None when fewer
+    than two models answered the same problem.
     """
     models = list(answers)
     if len(models) > COLUMNS:
@@ -83,10 +83,11 @@ def compare(answers: Answers) -> Comparison | None:
 
 
 def paired(answers: Answers, before: EvaluationSummary, after: EvaluationSummary) -> Interval | None:
-    """The difference of two evaluations on the same questions, from the answers; None unless they are what the two numbers speak of.
+    """The difference of two evaluations on the same questions, from the answers; None unless they are what the two
+    numbers speak of.
 
-    They are when one way of scoring an answer gives each side as many scores as its `n`, on the same questions, with its value as
-    their mean.
+    They are when one way of scoring an answer gives each side as many scores as its `n`, on the same questions, with
+    its value as their mean.
     """
     for score in SCORES:
         sides = [_scored(answers, evaluation, score) for evaluation in (before, after)]

@@ -1,7 +1,7 @@
 """What a stage writes while it runs: `metrics.jsonl`, one line a step, and `samples.jsonl`, the samples worth reading.
 
-An interrupted and resumed run leaves the same two files as an undisturbed one, except for times.  No file is worth a run: when
-the disk is full, one warning says so, the lines wait in memory, and the run goes on.
+An interrupted and resumed run leaves the same two files as an undisturbed one, except for times.  No file is worth a
+run: when the disk is full, one warning says so, the lines wait in memory, and the run goes on.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ BINS = 24
 class Journal:
     """The lines of one stage.
 
-    `metrics.jsonl`: `{"step", "stage", <metric>: number or null, ..., "time/<phase>": seconds, "reward_counts": [[reward, count]]}`.
-    `samples.jsonl`: `{"step", "stage", "index", "group", "prompt", "completion", "reward", "verdicts", "finish", "origins"}`.
+    `metrics.jsonl`: `{"step", "stage", <metric>: number or null, ..., "time/<phase>": seconds,
+    "reward_counts": [[reward, count]]}`.
+
+    `samples.jsonl`: `{"step", "stage", "index", "group", "prompt", "completion", "reward", "verdicts", "finish",
+    "origins"}`.
 
     Args:
         folder: The stage's folder; made when missing.
-        resume_step: The first step that will be done (again); lines of it and of later steps are dropped, and so is a torn
-            line.  None: a new run; what an earlier one left is set aside as `metrics.jsonl.old` and `samples.jsonl.old`.
+        resume_step: The first step that will be done (again); lines of it and of later steps are dropped, and so is a
+            torn line.  None: a new run; what an earlier one left is set aside as `metrics.jsonl.old` and
+            `samples.jsonl.old`.
         stage: Name in every line; by default the folder's.
         trackers: Further receivers of the numbers, such as `trackers.TensorBoard`.
 
@@ -102,7 +106,8 @@ class Journal:
             except Exception as error:  # a dashboard's failure is never the run's
                 self._trackers.remove(tracker)
                 _warn(
-                    f"{type(tracker).__name__} failed ({error}) and gets no more numbers; metrics.jsonl is still written."
+                    f"{type(tracker).__name__} failed ({error}) and gets no more numbers; metrics.jsonl is still "
+                    "written."
                 )
 
     def samples(
@@ -162,7 +167,7 @@ def described(sample: Sample, decode: Callable[[list[int]], str]) -> dict[str, A
 
 
 def reward_counts(rewards: Sequence[float]) -> list[list[float]]:
-    """`[[reward, count], ...]` in rising order: each distinct reward, or `BINS` bins by their centres when there are more."""
+    """`[[reward, count], ...]`, rising: each distinct reward, or `BINS` bins by their centres when there are more."""
     finite = [float(reward) for reward in rewards if abs(reward) != float("inf") and reward == reward]
     counts = Counter(round(reward, 6) for reward in finite)
     if len(counts) > BINS:
@@ -240,8 +245,8 @@ class _Lines:
             return
         self._warned = True
         _warn(
-            f"{self._path} cannot be written: {error.strerror or error}. The run goes on; the last {WAITING:,} lines wait in "
-            "memory and are written as soon as there is room. Free disk space, or the curves will have a gap."
+            f"{self._path} cannot be written: {error.strerror or error}. The run goes on; the last {WAITING:,} lines "
+            "wait in memory and are written as soon as there is room. Free disk space, or the curves will have a gap."
         )
 
 

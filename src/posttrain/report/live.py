@@ -1,6 +1,7 @@
 """What a person sees while a stage runs: a bar with the time left, and a line of the numbers that mean something.
 
-On a terminal the display is redrawn in place; elsewhere (a log of a build server, a file) plain lines come now and then.
+On a terminal the display is redrawn in place; elsewhere (a log of a build server, a file) plain lines come now and
+then.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Live:
         total: Number of steps of the stage, those before a resume included.
         quiet: Show nothing.
         console: Where to write; default is standard output.
-        every_seconds: How often a plain line is written where there is no terminal; the first and the last step always are.
+        every_seconds: How often a plain line is written where there is no terminal; the first and the last step always
+        are.
         clock: Seconds, rising; given by tests.
 
     Example:

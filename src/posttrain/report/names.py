@@ -72,11 +72,12 @@ def number(value: float | None, unit: Unit = "number") -> str:
         return "–"
     if unit == "share":
         return f"{100 * value:.1f} %"
-    if unit in ("rate", "count") and abs(value) >= 100:
+    size = abs(value)
+    if 1000 <= size < 1e7 or (unit in ("rate", "count") and 100 <= size < 1e7):
         return f"{value:,.0f}"
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.3g}"
-    return f"{value:.1f}" if unit == "count" else f"{value:.3g}"
+    if unit == "count" and size >= 0.1:
+        return f"{value:.1f}"
+    return f"{value:.3g}"
 
 
 def evaluation_unit(metric: str, values: Sequence[float | None]) -> Unit:

@@ -1,11 +1,12 @@
 """`report.html`: one page, in one file, that says what a run made, how good it is, and what went on.
 
-Nothing is loaded from elsewhere and nothing on the page runs: there is no script, and a content policy forbids any.  Everything that a
-model, a data set or a recipe wrote is escaped.
+Nothing is loaded from elsewhere and nothing on the page runs: there is no script, and a content policy forbids any.
+Everything that a model, a data set or a recipe wrote is escaped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -70,8 +71,9 @@ class StageView:
 def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run folder, from the files in it.
 
-    Read are `summary.json`, `recipe.yaml` (or `resolved.json`), `<stage>/metrics.jsonl` and `<stage>/samples.jsonl` of the stages
-    that the summary names, and `evaluations/*.jsonl`.  What is missing is left out; what is torn is skipped and noted on the page.
+    Read are `summary.json`, `recipe.yaml` (or `resolved.json`), `<stage>/metrics.jsonl` and `<stage>/samples.jsonl` of
+    the stages that the summary names, and `evaluations/*.jsonl`.  What is missing is left out; what is torn is skipped
+    and noted on the page.
 
     Args:
         folder: The run's folder.
@@ -112,7 +114,7 @@ def page(run: RunFolder) -> str:
 
 
 def points(change: Interval, unit: Unit) -> str:
-    """A difference with its interval: `+38.1 pts (+34.9 to +41.3)` in percentage points for shares, plain numbers otherwise."""
+    """A difference with its interval: `+38.1 pts (+34.9 to +41.3)`, in points of a per cent for shares."""
     scale, form = (100, "{:+.1f}") if unit == "share" else (1, "{:+.3g}")
     value, low, high = (
         form.format(scale * end).replace("-", "\u2212") for end in (change.value, change.low, change.high)
@@ -121,7 +123,7 @@ def points(change: Interval, unit: Unit) -> str:
 
 
 def clean(text: object, limit: int = 6000) -> str:
-    """Text that a model wrote, fit for a page: control characters are made visible, and very long text is cut with a note."""
+    """Text that a model wrote, fit for a page: control characters are made visible, long text is cut with a note."""
     shown = re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
         "\ufffd",
@@ -169,7 +171,8 @@ def _lede(run: RunFolder, results: Sequence[Results]) -> str:
         return said
     first, last, unit = shown[0], shown[-1], results[0].unit
     return (
-        f"{results[0].title} went from {number(first['value'], unit)} ({first['model']}) to {number(last['value'], unit)} "
+        f"{results[0].title} went from {number(first['value'], unit)} ({first['model']}) to "
+        f"{number(last['value'], unit)} "
         f"({last['model']}), n\u00a0=\u00a0{last['n']:,}. {said}"
     )
 
@@ -204,7 +207,7 @@ def _distribution(stage: Stage) -> Chart | None:
     """Rewards in the first and last tenth of the steps; from the samples that were kept where steps have no counts."""
     by_step: dict[int, dict[float, int]] = {}
     for row in stage.metrics:
-        if isinstance(row.get("reward_counts"), list):
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # absent, or of another form
             by_step[row["step"]] = {float(reward): int(count) for reward, count in row["reward_counts"]}
     if not by_step:
         for sample in stage.samples:

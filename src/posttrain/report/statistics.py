@@ -1,6 +1,7 @@
 """Means with intervals, pass@k, and paired differences: how a number of a run is said together with what it is worth.
 
-Every interval has 95 % coverage unless said otherwise, and is a plain `Interval(value, low, high, n)`.  What is used where:
+Every interval has 95 % coverage unless said otherwise, and is a plain `Interval(value, low, high, n)`.  What is used
+where:
 
 - shares (every value 0 or 1): Wilson's score interval, which stays inside [0, 1] and keeps a width at 0 and 1;
 - other means: Student's t interval, which needs no resampling and is wide where there are few values;
@@ -81,8 +82,8 @@ def proportion_interval(successes: float, n: int, *, confidence: float = 0.95) -
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
     """The mean of independent values: Wilson's interval when all are 0 or 1, Student's t interval otherwise.
 
-    `mean +- t(n - 1) s / sqrt(n)` with s the sample standard deviation.  One value that is no share has no interval (NaN);
-    a NaN among the values makes the mean NaN.
+    `mean +- t(n - 1) s / sqrt(n)` with s the sample standard deviation.  One value that is no share has no interval
+    (NaN); a NaN among the values makes the mean NaN.
 
     Args:
         values: `[n]`, independent: one a question, not one a sample of the same question (see `clustered_interval`).
@@ -109,10 +110,10 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
 def clustered_interval(values: Sequence[float], groups: Sequence[Hashable], *, confidence: float = 0.95) -> Interval:
     """The mean of values that come in groups, such as the rewards of several answers to each prompt.
 
-    The value is the mean over all samples.  Answers to one prompt resemble each other, so the interval is the t interval of a
-    ratio estimate over groups: with sums y_g and sizes m_g, residuals `y_g - mean m_g`, and G groups,
-    `half = t(G - 1) sqrt(G / (G - 1) sum residual^2) / sum m_g`.  For groups of one size it is the t interval of the group means.
-    Where all samples are 0, or all are 1, it is Wilson's interval with one trial a group.
+    The value is the mean over all samples.  Answers to one prompt resemble each other, so the interval is the t
+    interval of a ratio estimate over groups: with sums y_g and sizes m_g, residuals `y_g - mean m_g`, and G groups,
+    `half = t(G - 1) sqrt(G / (G - 1) sum residual^2) / sum m_g`.  For groups of one size it is the t interval of the
+    group means. Where all samples are 0, or all are 1, it is Wilson's interval with one trial a group.
 
     Args:
         values: `[n]`.
@@ -211,8 +212,8 @@ def paired_difference(
 ) -> Interval:
     """How much `after` is above `before` on the same questions, with an interval from resampling the questions.
 
-    Pairing removes the difficulty of the questions from the interval, so a difference shows with far fewer of them.  Only
-    questions present on both sides count; `n` is their number.
+    Pairing removes the difficulty of the questions from the interval, so a difference shows with far fewer of them.
+    Only questions present on both sides count; `n` is their number.
 
     Args:
         before: Question id -> its score, or the scores of several answers (their mean is taken).
@@ -236,8 +237,8 @@ def paired_difference(
 def student_quantile(probability: float, freedom: int) -> float:
     """The quantile of Student's t with an integer number of degrees of freedom.
 
-    By bisection of the finite series of the distribution function; from `MANY` degrees of freedom on by Fisher's expansion about
-    the normal quantile.
+    By bisection of the finite series of the distribution function; from `MANY` degrees of freedom on by Fisher's
+    expansion about the normal quantile.
 
     Raises:
         ConfigError: `probability` is outside (0, 1), or `freedom` is below 1.

@@ -37,7 +37,7 @@ class TensorBoard:
         extra("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -51,7 +51,8 @@ class TensorBoard:
 class WandB:
     """A run on Weights & Biases.
 
-    The service keeps no step twice: numbers of steps that are done again after a resume are dropped there, and equal those it has.
+    The service keeps no step twice: numbers of steps that are done again after a resume are dropped there, and equal
+    those it has.
 
     Args:
         project: The project's name.

@@ -1,11 +1,11 @@
 """Rewards: functions that judge samples, and the workers that run them.
 
-    >>> from posttrain.rewards import MathsExact, Reward, SoftOverlong, ThinkAnswer
-    >>> rewards = (
-    ...     Reward("right", MathsExact(), where="inline"),
-    ...     Reward("format", ThinkAnswer(), weight=0.1, where="inline"),
-    ...     Reward("length", SoftOverlong(max_tokens=64, cushion=16), where="inline", gate="format"),
-    ... )
+>>> from posttrain.rewards import MathsExact, Reward, SoftOverlong, ThinkAnswer
+>>> rewards = (
+...     Reward("right", MathsExact(), where="inline"),
+...     Reward("format", ThinkAnswer(), weight=0.1, where="inline"),
+...     Reward("length", SoftOverlong(max_tokens=64, cushion=16), where="inline", gate="format"),
+... )
 """
 
 from posttrain.rewards.exact import Exact

@@ -1,7 +1,7 @@
 """Equality of the answer with the row's answer, after a little cleaning.
 
-    >>> same_text(" Forty  two.", "forty two")
-    True
+>>> same_text(" Forty  two.", "forty two")
+True
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def same_text(found: str, expected: str) -> bool:
 class Exact:
     """1 where the answer equals the row's `answer` as cleaned text or as a number.
 
-    The answer is what `posttrain.rewards.parse.answer_in` finds: the last `<answer>`, else the last `\\boxed{}`, else what follows the
-    last `####`; or the whole text with `whole`.
+    The answer is what `posttrain.rewards.parse.answer_in` finds: the last `<answer>`, else the last `\\boxed{}`, else
+    what follows the last `####`; or the whole text with `whole`.
     """
 
     key: str = "answer"

@@ -1,7 +1,7 @@
 """Does a text keep a format: the think and answer tags, or a pattern.
 
-    >>> keeps_tags("<think>3 + 4 = 7</think><answer>7</answer>")
-    True
+>>> keeps_tags("<think>3 + 4 = 7</think><answer>7</answer>")
+True
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class ThinkAnswer:
     def __call__(self, answer: Answer) -> Verdict:
         if keeps_tags(answer.text, opened=self.opened):
             return Score(1.0)
-        return Overlong() if answer.finish == "length" else Wrong(reason="the tags are missing, doubled or out of place")
+        return (
+            Overlong() if answer.finish == "length" else Wrong(reason="the tags are missing, doubled or out of place")
+        )
 
 
 @dataclass(frozen=True)

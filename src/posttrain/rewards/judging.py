@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from posttrain.rewards.reward import Answer, Reward, check, number_of, values_of
 from posttrain.rewards.runner import RewardRunner, Tally
@@ -24,10 +25,10 @@ class ScoreReport:
     kinds: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # how often each verdict: {"Wrong": 3, ...}
     closed: Mapping[str, int] = field(default_factory=dict)  # samples on which its gate was closed
     tallies: Mapping[str, Tally] = field(default_factory=dict)  # failures, retries, seconds
-    failures: Mapping[str, str] = field(default_factory=dict)  # the first failure of the run, for rewards that failed now
+    failures: Mapping[str, str] = field(default_factory=dict)  # the run's first, where any failed now
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for the log: `reward/<name>/mean`, `/failed`, `/timed_out`, `/retried`, `/seconds`, `/<Verdict>`."""
+        """Flat numbers for the log: `reward/<name>/mean`, `/failed`, `/retried`, `/seconds`, `/<Verdict>`, ..."""
         flat = {"reward/masked": float(self.num_masked), "reward/unjudged": float(self.num_unjudged)}
         for name, tally in self.tallies.items():
             flat |= {f"reward/{name}/{key}": float(getattr(tally, key)) for key in ("failed", "timed_out", "retried")}
@@ -52,7 +53,9 @@ def answer_of(
     written = sample.completion
     shown = written[:-1] if sample.finish == "stop" and written and written[-1] in stop_tokens else written
     info = {key: value for key, value in sample.info.items() if key != "rewards"}
-    messages = next((info[key] for key in ("messages", "prompt") if isinstance(info.get(key), list)), [])
+    messages: list[dict[str, Any]] = next(
+        (info[key] for key in ("messages", "prompt") if isinstance(info.get(key), list)), []
+    )
     return Answer(
         text=decode(shown),
         prompt=decode(sample.tokens[: sample.prompt_length]),
@@ -71,8 +74,8 @@ def combine(
 ) -> tuple[float | None, frozenset[str]]:
     """The weighted sum of one sample's verdicts, and the names of the rewards whose gates are closed.
 
-    A reward whose gate is closed counts 0.  A gate is open where the value of its verdict is above 0 and its own gate is
-    open; where it had nothing to say it is open.  The sum is None when no reward had anything to say.
+    A reward whose gate is closed counts 0.  A gate is open where the value of its verdict is above 0 and its own gate
+    is open; where it had nothing to say it is open.  The sum is None when no reward had anything to say.
     """
     gates = {reward.name: reward.gate for reward in rewards}
 
@@ -102,8 +105,9 @@ def score(
 ) -> tuple[list[Sample], ScoreReport]:
     """Judge samples: fill `verdicts` and `reward`, and mask what the rewards' infrastructure failed.
 
-    A sample of which any reward failed, even at weight 0 or behind a closed gate, has `reward` None and nothing trained; its
-    group keeps its other samples.  `info["rewards"]` holds the number of each reward, before weight and gate.
+    A sample of which any reward failed, even at weight 0 or behind a closed gate, has `reward` None and nothing
+    trained; its group keeps its other samples.  `info["rewards"]` holds the number of each reward, before weight and
+    gate.
 
     Args:
         rewards: The columns; weights and gates say how they become one number.
@@ -135,7 +139,7 @@ def score(
         total, shut = (None, frozenset[str]()) if failed else combine(rewards, verdicts, table)
         closed.update(shut)
         masked, unjudged = masked + failed, unjudged + (total is None and not failed)
-        changes = {"verdicts": {**sample.verdicts, **verdicts}, "reward": total}
+        changes: dict[str, Any] = {"verdicts": {**sample.verdicts, **verdicts}, "reward": total}
         if total is None:
             changes["trained"] = [False] * len(sample.trained)
         judged.append(sample.with_(**changes, info={**sample.info, "rewards": numbers}))

@@ -1,7 +1,7 @@
 """Punishment for answers that are too long.
 
-    >>> [soft_overlong(length, max_tokens=20480, cushion=4096) for length in (16384, 17408, 18432, 20480, 20481)]
-    [0.0, -0.25, -0.5, -1.0, -1.0]
+>>> [soft_overlong(length, max_tokens=20480, cushion=4096) for length in (16384, 17408, 18432, 20480, 20481)]
+[0.0, -0.25, -0.5, -1.0, -1.0]
 """
 
 from __future__ import annotations

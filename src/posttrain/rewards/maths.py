@@ -1,7 +1,7 @@
 r"""Equality of mathematical answers: exact fractions for numbers, math-verify (an extra) for everything else.
 
-    >>> same_number("1/2", "0.5"), same_number("1,024", "1024"), same_number("50%", "0.5"), same_number("2 apples", "2")
-    (True, True, True, None)
+>>> same_number("1/2", "0.5"), same_number("1,024", "1024"), same_number("50%", "0.5"), same_number("2 apples", "2")
+(True, True, True, None)
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def same_number(found: str, expected: str) -> bool | None:
 class MathsExact:
     r"""1 where the answer is the same number as the row's `answer`, in exact fractions; nothing is evaluated.
 
-    The answer is what `posttrain.rewards.parse.answer_in` finds.  An answer that is not one plain number is `Unparseable` when the row's is
-    one; when it is not, the two are compared as cleaned text.  Linear in the text, so it may run inline.
+    The answer is what `posttrain.rewards.parse.answer_in` finds.  An answer that is not one plain number is
+    `Unparseable` when the row's is one; when it is not, the two are compared as cleaned text.  Linear in the text, so
+    it may run inline.
     """
 
     key: str = "answer"
@@ -64,10 +65,10 @@ class MathsExact:
 class Maths:
     r"""1 where the answer is mathematically equal to the row's `answer`: numbers exactly, the rest through math-verify.
 
-    The answer is what `posttrain.rewards.parse.answer_in` finds; math-verify sees that alone, never the text around it.  It parses what a
-    model wrote with SymPy, which evaluates: run it with `where="process"`.  An expression that it does not work out within
-    `seconds` is `Crashed`, one longer than 400 characters `Unparseable`.  Without the extra (`pip install 'posttrain[maths]'`)
-    this is `MathsExact`, and making one warns.
+    The answer is what `posttrain.rewards.parse.answer_in` finds; math-verify sees that alone, never the text around
+    it.  It parses what a model wrote with SymPy, which evaluates: run it with `where="process"`.  An expression that
+    it does not work out within `seconds` is `Crashed`, one longer than 400 characters `Unparseable`.  Without the
+    extra (`pip install 'posttrain[maths]'`) this is `MathsExact`, and making one warns.
     """
 
     key: str = "answer"

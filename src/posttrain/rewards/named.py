@@ -1,7 +1,7 @@
 """Rewards by name, as recipes and the command line write them.
 
-    >>> [(reward.name, reward.weight) for reward in named_rewards(["maths-exact", "format*0.1", "length:64,16"])]
-    [('maths-exact', 1.0), ('format', 0.1), ('length', 1.0)]
+>>> [(reward.name, reward.weight) for reward in named_rewards(["maths-exact", "format*0.1", "length:64,16"])]
+[('maths-exact', 1.0), ('format', 0.1), ('length', 1.0)]
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def named_rewards(specs: Sequence[str], *, task: HasRewards | None = None) -> tu
     """The rewards that are called so.
 
     Args:
-        specs: Each is a name of `NAMED`, `length:MAX_TOKENS,CUSHION`, a name of one of the task's own rewards, `task` for all of
-            them, or `file.py:function`; and may end with `*WEIGHT`, which multiplies its weight.
+        specs: Each is a name of `NAMED`, `length:MAX_TOKENS,CUSHION`, a name of one of the task's own rewards, `task`
+            for all of them, or `file.py:function`; and may end with `*WEIGHT`, which multiplies its weight.
         task: Whose own rewards may be named.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Reading answers: where in a text the answer stands, and what number it is.  Nothing is evaluated, and every step is linear.
+"""Reading answers: where in a text the answer stands, and what number it is.  Nothing is evaluated.
 
-    >>> answer_in("<think>3 + 4</think><answer>7</answer>")
-    '7'
-    >>> number("$1,024.50"), number(r"\\frac{1}{2}"), number("2 apples")
-    (Fraction(2049, 2), Fraction(1, 2), None)
+>>> answer_in("<think>3 + 4</think><answer>7</answer>")
+'7'
+>>> number("$1,024.50"), number(r"\\frac{1}{2}"), number("2 apples")
+(Fraction(2049, 2), Fraction(1, 2), None)
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def is_percentage(text: str) -> bool:
 def number(text: str) -> Fraction | None:
     r"""The exact number a text is, or None when it is anything else.
 
-    Understood: signs, thousands' commas, decimals, powers of ten (`1.5e3`), `a/b`, `\frac{a}{b}`, `1 1/2`, a dollar, pound, euro or
-    yen sign before it, a percent sign or degree sign after it (`50%` is 1/2), `$...$`, `\(...\)`, `\text{}`, `\boxed{}`.
-    Words, sums and several numbers are not.
+    Understood: signs, thousands' commas, decimals, powers of ten (`1.5e3`), `a/b`, `\frac{a}{b}`, `1 1/2`, a dollar,
+        pound, euro or yen sign before it, a percent sign or degree sign after it (`50%` is 1/2), `$...$`, `\(...\)`,
+        `\text{}`, `\boxed{}`. Words, sums and several numbers are not.
     """
     if len(text) > 2 * _LONGEST:
         return None

@@ -158,7 +158,8 @@ class Process:
         finally:
             os.close(writing)
         self.starts += 1
-        assert self._popen.stdin is not None and self._popen.stdout is not None
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
         for fd in (self._popen.stdin.fileno(), self._popen.stdout.fileno(), self._replies):
             os.set_blocking(fd, False)
         self._load()
@@ -186,7 +187,13 @@ class Process:
         named = {name: os.environ[name] for name in (*_ALLOWED, *self.limits.env) if name in os.environ}
         locale = {name: value for name, value in os.environ.items() if name.startswith("LC_")}
         root = str(Path(posttrain.__path__[0]).resolve().parent)
-        own = {"HOME": self._folder, "TMPDIR": self._folder, "PYTHONPATH": root, "PYTHONHASHSEED": "0", _MARK: self._mark}
+        own = {
+            "HOME": self._folder,
+            "TMPDIR": self._folder,
+            "PYTHONPATH": root,
+            "PYTHONHASHSEED": "0",
+            _MARK: self._mark,
+        }
         return {**named, **locale, **own, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
     def _exchange(
@@ -197,7 +204,9 @@ class Process:
         Returns the reply (or what went wrong) and what is still to be written.
         """
         popen = self._popen
-        assert popen is not None and popen.stdin is not None and popen.stdout is not None
+        assert popen is not None
+        assert popen.stdin is not None
+        assert popen.stdout is not None
         until = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self._replies, selectors.EVENT_READ)
@@ -243,7 +252,9 @@ def _line(unit: Sequence[Answer]) -> bytes:
         return json.dumps([asdict(answer) for answer in unit]).encode() + b"\n"
     except (TypeError, ValueError) as cause:
         ids = ", ".join(str(answer.info.get("id", answer.index)) for answer in unit)
-        raise DataError(f"one of the rows {ids} holds a value that is not JSON, so no worker can read it: {cause}") from cause
+        raise DataError(
+            f"one of the rows {ids} holds a value that is not JSON, so no worker can read it: {cause}"
+        ) from cause
 
 
 def _verdicts(reply: dict[str, Any] | InfraError, count: int) -> list[Verdict | None] | InfraError:
@@ -286,7 +297,8 @@ def _written(fd: int, text: memoryview) -> memoryview:
 def _ended(popen: subprocess.Popen[bytes]) -> str | None:
     """How a worker ended, in words; None while it runs.
 
-    Where the system can tell without reaping it, it stays unreaped, so that its number is not used again before `_kill`.
+    Where the system can tell without reaping it, it stays unreaped, so that its number is not used again before
+    `_kill`.
     """
     if not hasattr(os, "waitid"):
         code = popen.poll()

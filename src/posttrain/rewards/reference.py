@@ -1,8 +1,8 @@
 """Functions by name, as JSON: how a worker finds the function it is to run, without pickle.
 
-    >>> from posttrain.rewards.length import SoftOverlong
-    >>> describe(SoftOverlong(max_tokens=64, cushion=16))["fields"]
-    {'max_tokens': 64, 'cushion': 16}
+>>> from posttrain.rewards.length import SoftOverlong
+>>> describe(SoftOverlong(max_tokens=64, cushion=16))["fields"]
+{'max_tokens': 64, 'cushion': 16}
 """
 
 from __future__ import annotations

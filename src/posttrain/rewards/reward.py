@@ -1,9 +1,9 @@
 """What a reward is: a named function of answers, with a scope, a weight, a deadline and a gate.
 
-    >>> from posttrain.rewards.format import ThinkAnswer
-    >>> reward = Reward("format", ThinkAnswer(), weight=0.5, where="inline")
-    >>> reward.takes_list
-    False
+>>> from posttrain.rewards.format import ThinkAnswer
+>>> reward = Reward("format", ThinkAnswer(), weight=0.5, where="inline")
+>>> reward.takes_list
+False
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Scope = Literal["sample", "group", "query"]
 """What one call sees: single samples, all samples of a group, or all samples of a query."""
 
 Judgement = Verdict | float | bool | None
-"""What a reward may return for an answer.  `True` is `Score(1.0)`, `False` is `Wrong()`; `None`: it has nothing to say of it."""
+"""What a reward may return for an answer: `True` is `Score(1.0)`, `False` is `Wrong()`, `None` is nothing to say of it."""
 
 VALUES: Mapping[str, float] = {"Wrong": 0.0, "Unparseable": 0.0, "Overlong": 0.0, "Crashed": 0.0}
 """What each verdict that is not a `Score` is worth; a task may give other numbers."""
@@ -56,9 +56,10 @@ class Reward:
 
     `fn` takes one `Answer` and returns one judgement, or takes a list of them and returns one judgement each, in order.
     It takes a list when its first parameter is called `answers` or annotated `list[...]` or `Sequence[...]`, and one
-    answer otherwise.  It is a function of a module or script, a `functools.partial` of one with keywords, or a frozen dataclass with
-    `__call__`; keywords and fields are JSON values.  With `where="process"` it runs in a worker that is killed at the
-    deadline and cannot see the environment; a lambda or an inner function cannot be found there and is refused.
+    answer otherwise.  It is a function of a module or script, a `functools.partial` of one with keywords, or a frozen
+    dataclass with `__call__`; keywords and fields are JSON values.  With `where="process"` it runs in a worker that
+    is killed at the deadline and cannot see the environment; a lambda or an inner function cannot be found there and
+    is refused.
 
     Raises:
         ConfigError: A field cannot be honoured.
@@ -75,7 +76,7 @@ class Reward:
     deadline: float = 30.0
     """Seconds one call may take (not counting imports); then its worker is killed."""
     where: Literal["process", "inline"] = "process"
-    """Inline runs in this process, with neither deadline nor limits: for trusted, bounded functions and for reward models."""
+    """Inline runs in this process, without deadline or limits: for trusted, bounded functions and for reward models."""
     gate: str | None = None
     """Another reward: this one counts 0 where that one's value is not above 0."""
     answers_per_call: int = 16
@@ -117,7 +118,9 @@ class Reward:
             return declared
         first = next(iter(inspect.signature(self.fn).parameters.values()), None)
         if first is None:
-            raise ConfigError(f"reward '{self.name}': found a function without parameters; it takes one Answer or a list")
+            raise ConfigError(
+                f"reward '{self.name}': found a function without parameters; it takes one Answer or a list"
+            )
         note = first.annotation
         text = "" if note is inspect.Parameter.empty else note if isinstance(note, str) else str(note)
         return reads_list(first.name, text)

@@ -53,8 +53,8 @@ class _Record:
 class RewardRunner:
     """Runs rewards in workers that live from step to step.
 
-    A judgement that the infrastructure failed (it raised, hung, returned no finite number or too few, or its process died) is
-    asked for once more, alone and in a fresh worker; then that answer, not its neighbours, is marked.
+    A judgement that the infrastructure failed (it raised, hung, returned no finite number or too few, or its process
+    died) is asked for once more, alone and in a fresh worker; then that answer, not its neighbours, is marked.
 
     Example:
         >>> from posttrain.rewards.maths import MathsExact
@@ -120,7 +120,9 @@ class RewardRunner:
         parts = [part for part in _parts(reward, answers, self.workers) if part]
         inline = reward.where == "inline"
         processes = [None] * len(parts) if inline else self._workers_of(reward)[: len(parts)]
-        jobs = [(reward, answers, part, process, verdicts, tally) for part, process in zip(parts, processes, strict=True)]
+        jobs = [
+            (reward, answers, part, process, verdicts, tally) for part, process in zip(parts, processes, strict=True)
+        ]
         try:
             if inline or len(jobs) < 2:
                 for job in jobs:
@@ -169,7 +171,9 @@ class RewardRunner:
                 again: set[int] = set()
                 if failed and not this.again:
                     again = set(failed if reward.scope == "sample" else this.indexes)
-                    later += [_Try([i], True) for i in failed] if reward.scope == "sample" else [_Try(this.indexes, True)]
+                    later += (
+                        [_Try([i], True) for i in failed] if reward.scope == "sample" else [_Try(this.indexes, True)]
+                    )
                     tally.retried += len(again)
                 for index, verdict in zip(this.indexes, found, strict=True):
                     if index not in again:
@@ -220,7 +224,8 @@ class RewardRunner:
         printed = self.printed(reward.name)[-1000:]
         raise RewardError(
             f"reward '{reward.name}' failed on {failed} of its last {count} judgements ({rate:.0%}; allowed "
-            f"{self.max_failure_rate:.0%}). The first failure:\n{record.first}" + (f"\nIt printed:\n{printed}" if printed else "")
+            f"{self.max_failure_rate:.0%}). The first failure:\n{record.first}"
+            + (f"\nIt printed:\n{printed}" if printed else "")
         )
 
 

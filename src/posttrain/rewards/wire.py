@@ -1,9 +1,9 @@
-"""Verdicts as JSON, and what functions return as verdicts.  Used on both sides of the pipe; nothing that arrives is trusted.
+"""Verdicts as JSON, and what functions return as verdicts, for both sides of the pipe; nothing that arrives is trusted.
 
-    >>> encode(read(True))
-    {'kind': 'Score', 'value': 1.0, 'reason': ''}
-    >>> read(float("nan"))
-    InfraError(reason='returned nan, not a finite number')
+>>> encode(read(True))
+{'kind': 'Score', 'value': 1.0, 'reason': ''}
+>>> read(float("nan"))
+InfraError(reason='returned nan, not a finite number')
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """The process in which a reward runs: `python -m posttrain.rewards.worker REPLY_FD`.
 
-It reads JSON lines from what was its standard input: first the function and the limits, then one list of answers a line.
-It writes one JSON line for each to `REPLY_FD`.  What the function prints goes to a pipe that the parent drains and bounds.
+It reads JSON lines from what was its standard input: first the function and the limits, then one list of answers a
+line. It writes one JSON line for each to `REPLY_FD`.  What the function prints goes to a pipe that the parent drains
+and bounds.
 
 What it isolates: the parent's memory, environment, standard streams and signals; time; memory a process; the size of a
-file; stray children.  What it does not: files that the user may read or write, the network, the number of processes.  It is for
-functions that fail, not for programs that attack.
+file; stray children.  What it does not: files that the user may read or write, the network, the number of processes.
+It is for functions that fail, not for programs that attack.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -97,10 +99,8 @@ def main() -> None:
 
     def reply(message: dict[str, Any]) -> None:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(BaseException):  # the function may have closed or replaced it
                 stream.flush()
-            except BaseException:  # the function closed or replaced it
-                pass
         text = (json.dumps(message, allow_nan=False) + "\n").encode()
         while text:
             text = text[os.write(replies, text) :]

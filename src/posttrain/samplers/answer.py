@@ -12,9 +12,9 @@ from posttrain.types import Origin, Sample
 class StopStrings:
     """Watches the tail of an answer for strings that end it, across token boundaries.
 
-    The tokens that spell the string are kept.  A string must lie wholly in the answer: what the prompt ends with does not
-    count.  Decoding starts one token before the tail and takes that token's text off again, since some tokenizers drop a
-    leading space.
+    The tokens that spell the string are kept.  A string must lie wholly in the answer: what the prompt ends with does
+    not count.  Decoding starts one token before the tail and takes that token's text off again, since some tokenizers
+    drop a leading space.
 
     Args:
         tokenizer: Anything with `decode(tokens, skip_special_tokens=..., clean_up_tokenization_spaces=...) -> str`.
@@ -26,7 +26,7 @@ class StopStrings:
             raise ConfigError(f"stop strings {list(strings)} need a tokenizer; give one, or use stop_tokens")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        self._tail = max((len(text.encode()) for text in strings), default=0) + 4  # every token that shows is a byte or more
+        self._tail = max((len(text.encode()) for text in strings), default=0) + 4  # a token that shows is a byte or more
         self._last_letters = {text[-1] for text in strings}
         self._may_end: dict[int, bool] = {}
 

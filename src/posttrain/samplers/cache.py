@@ -1,18 +1,17 @@
 """How a model takes one step for many rows: with a static key-value cache, or by reading every row again.
 
-The cache is preallocated and left-aligned: the key of a row's token p stands in column p.  Keys are stored transposed, so
-that scores and sums over values are two plain batched products, and the query heads that share a key head are its rows.
-Nothing is copied when a row grows; only as many columns are read as the longest live row has.
+The cache is preallocated and left-aligned: the key of a row's token p stands in column p.  Keys are stored transposed,
+so that scores and sums over values are two plain batched products, and the query heads that share a key head are its
+rows.  Only as many columns are read as the longest live row has.
 
-Axes: `S` slots, `B` slots in use (always the first), `H` query heads, `Kv` key and value heads, `Q = H / Kv`, `d` head width,
-`C` allocated columns, `c` columns that are read, `n` tokens of a prompt, `V` vocabulary.
+Axes: `S` slots, `B` slots in use (always the first), `H` query heads, `Kv` key and value heads, `Q = H / Kv`, `d` head
+width, `C` allocated columns, `c` columns that are read, `n` tokens of a prompt, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from posttrain.layout import Layout
 from posttrain.models.attention import attend
+from posttrain.samplers.products import pieces
 
 if TYPE_CHECKING:
-    from posttrain.models.decoder import Decoder
     from posttrain.models.model import LanguageModel
 
 COLUMNS = 32
@@ -78,7 +77,7 @@ class _Layer(NamedTuple):
 
     qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]
     finish: Callable[..., Tensor]
-    flat_keys: Tensor  # [S * Kv * d * C]
+    flat_keys: Tensor  # [S * Kv * d * C] the keys' bits
     flat_values: Tensor  # [S * Kv * C, d]
     keys: Tensor  # [B * Kv, d, c]
     values: Tensor  # [B * Kv, c, d]
@@ -86,21 +85,20 @@ class _Layer(NamedTuple):
 
 
 class CachedStepper:
-    """Steps a `Decoder` with a static cache.
+    """Steps a model that has a `Decoder` with a static cache.
 
     Args:
-        decoder: The model's own forward; its weights are read where they lie.
-        device: Where the weights are.
+        model: Its weights must stay as they are for as long as this lives.
         slots: S.
         longest: Tokens of the longest row that will occur.
         columns: Columns to allocate and read from the start; they grow by a quarter when a row needs more.
         fixed: Always read all allocated columns, so that no row's arithmetic depends on the length of another.
     """
 
-    def __init__(
-        self, decoder: Decoder, *, device: torch.device, slots: int, longest: int, columns: int, fixed: bool = False
-    ) -> None:
-        self._decoder, self._slots, self._fixed = decoder, slots, fixed
+    def __init__(self, model: LanguageModel, *, slots: int, longest: int, columns: int, fixed: bool = False) -> None:
+        decoder, device = model.decoder, model.device
+        assert decoder is not None
+        self._decoder, self._pieces, self._slots, self._fixed = decoder, pieces(model), slots, fixed
         self._limit = rounded(longest)
         self._kv, self._width = decoder.num_kv_heads, decoder.head_dim
         self._heads = decoder.num_heads // decoder.num_kv_heads
@@ -119,10 +117,10 @@ class CachedStepper:
     def _grow(self, columns: int) -> None:
         """Allocate at least `columns` columns and keep what is there."""
         old, new = self._columns, min(self._limit, rounded(max(columns, self._columns * 5 // 4)))
-        rows, kind = self._slots * self._kv, {"dtype": self._dtype, "device": self._device}
+        rows, dtype, device = self._slots * self._kv, self._dtype, self._device
         for layer in range(self._decoder.num_layers):
-            keys = torch.zeros(rows, self._width, new, **kind)  # zeros: a masked column must be finite
-            values = torch.zeros(rows, new, self._width, **kind)
+            keys = torch.zeros(rows, self._width, new, dtype=dtype, device=device)  # zeros: a masked column must be finite
+            values = torch.zeros(rows, new, self._width, dtype=dtype, device=device)
             if old:
                 keys[:, :, :old] = self._keys[layer]
                 values[:, :old] = self._values[layer]
@@ -131,7 +129,7 @@ class CachedStepper:
                 self._keys.append(keys)
                 self._values.append(values)
         for window in set(self._windows) | {None}:
-            mask = torch.full((rows, 1, new), float("-inf"), **kind)
+            mask = torch.full((rows, 1, new), float("-inf"), dtype=dtype, device=device)
             if old:
                 mask[:, :, :old] = self._masks[window]
             self._masks[window] = mask
@@ -144,19 +142,19 @@ class CachedStepper:
 
     def _arrange(self, rows: int, columns: int) -> None:
         """Cut every buffer for `rows` slots and `columns` columns; done again only when one of them changes."""
-        decoder, used = self._decoder, rows * self._kv
+        used = rows * self._kv
         self._cut = (rows, columns)
         self._layers = [
             _Layer(
-                partial(decoder.qkv, layer),
-                partial(decoder.finish, layer),
-                self._keys[layer].view(-1),
+                self._pieces.qkv[layer],
+                self._pieces.finish[layer],
+                _as_integers(self._keys[layer].view(-1)),
                 self._values[layer].view(-1, self._width),
                 self._keys[layer][:used, :, :columns],
                 self._values[layer][:used, :columns],
                 self._masks[self._windows[layer]][:used, :, :columns],
             )
-            for layer in range(decoder.num_layers)
+            for layer in range(self._decoder.num_layers)
         ]
 
     def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
@@ -177,12 +175,12 @@ class CachedStepper:
         x = decoder.embed(tokens)
         for layer in self._layers:
             q, k, v = layer.qkv(x, cos, sin)
-            layer.flat_keys.scatter_(0, key_at, k.reshape(-1))
+            layer.flat_keys.scatter_(0, key_at, _as_integers(k.reshape(-1)))
             layer.flat_values.index_copy_(0, value_at, v.reshape(-1, self._width))
             scores = torch.baddbmm(layer.mask, q.reshape(shape), layer.keys, alpha=scale)  # [B * Kv, Q, c]
             attended = torch.bmm(scores.softmax(-1), layer.values)  # [B * Kv, Q, d]
             x = layer.finish(x, attended.view(flat))
-        return _wide(decoder.head(decoder.final(x)))
+        return _wide(self._pieces.head(decoder.final(x)))
 
     def _show(self, rows: int, value_at: Tensor, place: Tensor) -> None:
         """Let every row look at its new token, and no longer at what has left its window."""
@@ -223,20 +221,20 @@ class CachedStepper:
         """See `Stepper.prefill`: the rows lie one after another, and the last layer ends with each row's last token."""
         decoder, layout = self._decoder, Layout.of_rows(prompts, device=self._device)
         cos, sin = self._cos.index_select(0, layout.positions), self._sin.index_select(0, layout.positions)
-        last = layout.starts[1:] - 1  # [P]
+        last, sizes = layout.starts[1:] - 1, list(layout.sizes)  # [P]
         keys: list[list[Tensor]] = [[] for _ in prompts]
         values: list[list[Tensor]] = [[] for _ in prompts]
         x = decoder.embed(layout.tokens)  # [N, D]
         for layer in range(decoder.num_layers):
-            q, k, v = decoder.qkv(layer, x, cos, sin)
+            q, k, v = self._pieces.qkv[layer](x, cos, sin)
             attended = attend(q, k, v, layout, scale=decoder.scale, window=self._windows[layer])
-            for row, (own_k, own_v) in enumerate(zip(k.split(layout.sizes), v.split(layout.sizes), strict=True)):
+            for row, (own_k, own_v) in enumerate(zip(torch.split(k, sizes), torch.split(v, sizes), strict=True)):
                 keys[row].append(own_k.permute(1, 2, 0))  # [n, Kv, d] -> [Kv, d, n]
                 values[row].append(own_v.permute(1, 0, 2))
             if layer == decoder.num_layers - 1:
                 x, attended = x.index_select(0, last), attended.index_select(0, last)
-            x = decoder.finish(layer, x, attended)
-        logits = _wide(decoder.head(decoder.final(x)))  # [P, V]
+            x = self._pieces.finish[layer](x, attended)
+        logits = _wide(self._pieces.head(decoder.final(x)))  # [P, V]
         rows = zip(prompts, logits, keys, values, strict=True)
         return [Prefix(tokens, own, tuple(k), tuple(v)) for tokens, own, k, v in rows]
 
@@ -282,6 +280,14 @@ class RereadingStepper:
             rows = [self._rows[row, :length] for row, length in enumerate(lengths)]
             return torch.cat([self._read(Layout.of(row, [len(row)])) for row in rows])
         return self._read(Layout.of(self._rows[:count, :longest][real], lengths))
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The same bits as integers: torch scatters these in place, and copies the whole buffer to scatter bfloat16."""
+    return x.view(_INTEGERS[x.element_size()])
 
 
 def _wide(logits: Tensor) -> Tensor:

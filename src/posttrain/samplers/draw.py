@@ -51,8 +51,8 @@ def check(sampling: Sampling) -> None:
 def invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw from rows of weights by inverting their running sum.
 
-    The draw is the first entry whose running sum is above `u * total`, and the total is never reached: an entry of weight
-    0 cannot be drawn, whatever the rounding.
+    The draw is the first entry whose running sum is above `u * total`, and the total is never reached: an entry of
+    weight 0 cannot be drawn, whatever the rounding.
 
     Args:
         weights: `[n, V]` float, at least 0, not scaled to sum to 1.
@@ -91,8 +91,8 @@ def _below(value: Tensor, bound: Tensor) -> Tensor:
 def truncate(weights: Tensor, sampling: Sampling) -> Tensor:
     """The weights with everything outside top-k, then outside top-p of what is left, set to 0.
 
-    Top-p keeps the fewest most likely tokens whose probabilities sum to at least `top_p`.  Tokens as likely as the last one kept
-    are kept too, so that nothing depends on the order in which equals are sorted.
+    Top-p keeps the fewest most likely tokens whose probabilities sum to at least `top_p`.  Tokens as likely as the last
+    one kept are kept too, so that nothing depends on the order in which equals are sorted.
 
     Args:
         weights: `[n, V]` float, at least 0.

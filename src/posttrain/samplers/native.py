@@ -1,13 +1,13 @@
 """The sampler that ships: the trainer's own weights, a static cache, and rows that are refilled as they finish.
 
 ```
-prompts --prefill (each distinct one once)--> first tokens --step, draw, step, draw ...--> samples, in the prompts' order
+prompts --prefill (each distinct one once)--> first tokens --step, draw, step, draw--> samples, in the prompts' order
                      ^                                             |
                      +------------ a slot is free <----------------+
 ```
 
-A draw depends on `(seed, step, index, position)` and on the row's logits alone: the order of prompts, their number and the
-number of slots change nothing but the last digits of the logits, and with `exact=True` not even these.
+A draw depends on `(seed, step, index, position)` and on the row's logits alone: the order of prompts, their number and
+the number of slots change nothing but the last digits of the logits, and with `exact=True` not even these.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError, NumericsError
-from posttrain.models.decoder import Decoder
 from posttrain.random import SAMPLER, uniform
 from posttrain.samplers.answer import StopStrings, extended
 from posttrain.samplers.cache import CachedStepper, Prefix, RereadingStepper, Stepper
 from posttrain.samplers.draw import Drawn, check, draw
-from posttrain.samplers.products import prepared
 from posttrain.types import Sample, Sampling
 
 if TYPE_CHECKING:
@@ -40,17 +38,18 @@ EXACT_WIDTH = 16
 EXACT_CONTEXT = 4096
 """The longest context that `exact` reads in every step without being told to."""
 AHEAD = 1024
-"""Tokens of prompts that are read in one pass, prompts still in the queue included, so that prefill is not one row at a time."""
+"""Tokens of prompts that are read in one pass, those of waiting rows included: prefill is not one row at a time."""
 BLOCK = 64
 """Positions whose uniform numbers are worked out at once."""
 
 
 @dataclass
 class NativeSampler:
-    """Writes tokens with the model that is being trained; nothing is copied, so the weights are always the newest.
+    """Writes tokens with the model that is being trained, so that its weights are always the newest.
 
-    Llama, Mistral, Qwen2, Qwen3 and Gemma run through their own forward with a static cache.  Every other model reads each
-    row again at every step: the same samples, slowly.
+    Llama, Mistral, Qwen2, Qwen3 and Gemma run through their own forward with a static cache.  Where the model's precision
+    is "fast" or "bf16", a call keeps its weights as oneDNN wants them; otherwise nothing is copied.  Every other model
+    reads each row again at every step: the same samples, slowly.
 
     Example:
         >>> from posttrain.models.random import random_model
@@ -105,7 +104,8 @@ class NativeSampler:
         check(sampling)
         for number, prompt in enumerate(prompts):
             if not prompt.tokens:
-                raise DataError(f"prompt {number} (group '{prompt.group}') has no tokens; begin it with at least one, such as BOS")
+                where = f"prompt {number} (group '{prompt.group}')"
+                raise DataError(f"{where} has no tokens; begin it with at least one, such as BOS")
         if not prompts:
             return []
         with torch.no_grad(), _without_dropout(self.model):
@@ -193,15 +193,12 @@ class _Call:
         longest = max((len(self.keys[number]) + self.rooms[number] for number in self.waiting), default=1)
         if model.decoder is None:
             return RereadingStepper(model, slots=self.slots, longest=longest, alone=sampler.exact)
-        decoder = Decoder(model.module, linear=prepared(model))
         if sampler.exact:
             assert sampler.context is not None
             longest = columns = sampler.context
         else:
             columns = max((len(self.keys[number]) for number in self.waiting), default=1) + BLOCK
-        return CachedStepper(
-            decoder, device=self.device, slots=self.slots, longest=longest, columns=columns, fixed=sampler.exact
-        )
+        return CachedStepper(model, slots=self.slots, longest=longest, columns=columns, fixed=sampler.exact)
 
     def run(self) -> list[Sample]:
         """All answers, in the order of the prompts."""
@@ -345,7 +342,7 @@ class _Call:
         if token < 0:
             raise NumericsError(
                 f"the logits of prompt {row.number} (group '{row.prompt.group}') are not finite at token {row.length}, "
-                f"policy version {self.sampler.policy_version}: the weights are broken, or the learning rate is too high"
+                f"policy version {self.sampler.policy_version}: the weights are broken, perhaps by a high learning rate"
             )
         row.tokens.append(token)
         row.logprobs.append(logprob)

@@ -1,42 +1,144 @@
-"""The matrix product of a model's precision with its weights made ready once for many steps.
+"""Matrix products whose weights are made ready once for many steps, and the decoder's layers in as few products as possible.
 
-A trainer's weights change between two products, a sampler's do not: while one call of `sample` lasts, a bfloat16 copy (or
-oneDNN's own layout) of each weight is kept.  The numbers are those of `models.gemm`, so sampler and trainer agree.
+A trainer's weights change between two products, a sampler's do not.  Where the model's precision is "fast" or "bf16",
+one call of `sample` keeps the weights as oneDNN wants them, those of queries, keys and values side by side, gate and up
+side by side.  The arithmetic is that of `models.gemm` and `models.decoder`; where the precision is "exact", nothing is
+copied and the decoder's own pieces run.
+
+Axes: `n` tokens, `D` hidden width, `I` inner width, `H` query heads, `Kv` key and value heads, `d` width of a head.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from posttrain.models import gemm
+from posttrain.models.decoder import Decoder, causal_lm
+from posttrain.models.gemm import Precision, has_onednn
 
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
-
-def prepared(model: LanguageModel) -> gemm.Linear:
-    """The product of `model.precision`, for weights that stay as they are until it is dropped."""
-    if model.precision == "bf16":
-        return _Kept()
-    return gemm.linear_of(model.precision)
+Product = Callable[[Tensor], Tensor]
+"""`[n, I] -> [n, O]`."""
+ROWS = 32
+"""Rows that oneDNN is told to expect; other numbers work too."""
 
 
-class _Kept:
-    """`gemm.bf16` with the bfloat16 copies kept."""
+@dataclass(frozen=True)
+class Pieces:
+    """A forward in pieces, like `Decoder`, with the layers bound."""
 
-    def __init__(self) -> None:
-        self._narrow: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the weight is kept so that its id stays its own
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found = self._narrow.get(id(weight))
-        if found is None:
-            found = self._narrow[id(weight)] = (weight, weight.to(torch.bfloat16))
-        out = functional.linear(x.to(torch.bfloat16), found[1]).to(x.dtype)
-        return out if bias is None else out + bias
+    qkv: list[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]
+    """`x [n, D], cos [n, d], sin [n, d] -> q [n, H, d], k [n, Kv, d], v [n, Kv, d]`, a layer."""
+    finish: list[Callable[[Tensor, Tensor], Tensor]]
+    """`x [n, D], attended [n, H * d] -> [n, D]`, a layer."""
+    head: Product
+    """`[n, D] -> [n, V]`."""
 
 
-__all__ = ["prepared"]
+def pieces(model: LanguageModel) -> Pieces:
+    """The pieces of a model that has a decoder, for weights that stay as they are until they are dropped."""
+    decoder = model.decoder
+    assert decoder is not None
+    inner: Any = causal_lm(model.module)
+    layers = list(inner.model.layers[: decoder.num_layers])
+    if model.precision == "exact" or not (all(map(_plain, layers)) and type(inner.lm_head) is nn.Linear):
+        numbers = range(decoder.num_layers)
+        qkv = [partial(decoder.qkv, layer) for layer in numbers]
+        return Pieces(qkv, [partial(decoder.finish, layer) for layer in numbers], decoder.head)
+    fused = [_Layer(decoder, layer, model.precision) for layer in layers]
+    head = product(model.precision, [inner.lm_head])
+    return Pieces([layer.qkv for layer in fused], [layer.finish for layer in fused], head)
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    names = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return [*names, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _plain(layer: Any) -> bool:
+    """Are all products of this layer plain ones (no LoRA, no quantised weights)?"""
+    return all(type(module) is nn.Linear for module in _linears(layer))
+
+
+def product(precision: Precision, modules: Sequence[nn.Linear]) -> Product:
+    """The product with the weights of some linear layers side by side: `[n, I] -> [n, O1 + O2 + ...]`."""
+    weight = torch.cat([module.weight.detach() for module in modules]) if len(modules) > 1 else modules[0].weight.detach()
+    biases = [module.bias for module in modules if module.bias is not None]
+    bias = torch.cat([each.detach() for each in biases]) if biases else None
+    kind = weight.dtype
+    if precision == "bf16":
+        weight = weight.to(torch.bfloat16)
+    if weight.device.type != "cpu" or not has_onednn() or weight.dtype == torch.float64 or not _runs(weight.dtype):
+        return partial(_dense, weight=weight, bias=bias, kind=kind)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    if weight.dtype == kind:
+        return partial(_packed, packed=packed, bias=bias)
+    return partial(_packed_narrow, packed=packed, bias=bias, kind=kind)
+
+
+def _runs(dtype: torch.dtype) -> bool:
+    """Can oneDNN multiply this on this CPU?"""
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _dense(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
+    out = functional.linear(x.to(weight.dtype), weight).to(kind)
+    return out if bias is None else out + bias
+
+
+def _packed(x: Tensor, *, packed: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out if bias is None else out.add_(bias)
+
+
+def _packed_narrow(x: Tensor, *, packed: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), packed, None, "none", [], "")
+    return out.to(kind) if bias is None else out.to(kind).add_(bias)
+
+
+class _Layer:
+    """One layer in four products."""
+
+    def __init__(self, decoder: Decoder, layer: Any, precision: Precision) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._decoder, self._layer, self._act = decoder, layer, mlp.act_fn
+        self._in = product(precision, [attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = product(precision, [attention.o_proj])
+        self._wide = product(precision, [mlp.gate_proj, mlp.up_proj])
+        self._down = product(precision, [mlp.down_proj])
+        self._inner: int = mlp.gate_proj.out_features
+        self._queries, self._kv, self._half = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim // 2
+        self._query_norm = getattr(attention, "q_norm", None)
+        self._key_norm = getattr(attention, "k_norm", None)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Pieces.qkv`; queries and keys are rotated together."""
+        norm, queries, heads = self._decoder.norm, self._queries, self._queries + self._kv
+        mixed = self._in(norm(self._layer.input_layernorm, x)).view(x.shape[0], heads + self._kv, -1)  # [n, H + 2 Kv, d]
+        turned = mixed[:, :heads]
+        if self._query_norm is not None:
+            q, k = mixed[:, :queries], mixed[:, queries:heads]
+            turned = torch.cat((norm(self._query_norm, q), norm(self._key_norm, k)), 1)
+        first, second = turned[..., : self._half], turned[..., self._half :]
+        crossed = torch.cat((-second, first), -1)
+        turned = torch.addcmul(turned * cos[:, None], crossed, sin[:, None])
+        return turned[:, :queries], turned[:, queries:], mixed[:, heads:]
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """See `Pieces.finish`."""
+        x = self._out(attended).add_(x)
+        wide = self._wide(self._decoder.norm(self._layer.post_attention_layernorm, x))  # [n, 2 I]
+        inner = self._act(wide[:, : self._inner]) * wide[:, self._inner :]
+        return self._down(inner).add_(x)
+
+
+__all__ = ["Pieces", "Product", "pieces", "product"]

@@ -21,7 +21,7 @@ class Answer:
 
 
 Script = Sequence["Answer | Sequence[int]"] | Callable[[Sample, int], "Answer | Sequence[int]"]
-"""Answers by `prompt.index` (modulo their number), or a function of the prompt and its index; plain lists are tokens."""
+"""Answers by `prompt.index` (modulo their number), or a function of the prompt and its index; a plain list is tokens."""
 
 
 @dataclass
@@ -58,7 +58,8 @@ class ScriptedSampler:
         logprobs = [-1.0] * count if answer.logprobs is None else list(answer.logprobs)
         sampled = logprobs if answer.sampled_logprobs is None else list(answer.sampled_logprobs)
         if len(logprobs) != count or len(sampled) != count:
-            raise ConfigError(f"a scripted answer has {count} tokens, but {len(logprobs)} and {len(sampled)} log-probabilities")
+            given = f"{len(logprobs)} and {len(sampled)} log-probabilities"
+            raise ConfigError(f"a scripted answer has {count} tokens, but {given}")
         return extended(
             prompt,
             list(answer.tokens)[:limit],

@@ -1,6 +1,7 @@
 r"""GSM8K from JSONL files of the user: rows of `question` and `answer`, the latter ending in `#### N`.
 
-Source: Training Verifiers to Solve Math Word Problems, arXiv 2110.14168.  The files are the user's own copy; nothing is downloaded.
+Source: Training Verifiers to Solve Math Word Problems, arXiv 2110.14168.  The files are the user's own copy; nothing
+    is downloaded.
 
     >>> read_answer("It takes 2/2=<<2/2=1>>1 bolt.\nSo 2+1=<<2+1=3>>3 bolts\n#### 3")
     ('It takes 2/2=1 bolt.\nSo 2+1=3 bolts', '3')
@@ -35,8 +36,8 @@ def gsm8k(path: str | Path, *, calculator: bool = False, system: str = "", max_t
     """GSM8K as a task: `<think>worked solution</think><answer>N</answer>`, verified by exact equality of numbers.
 
     Args:
-        path: A folder that holds `train.jsonl` and `test.jsonl`, or one JSONL file that serves both: then its questions are cut by
-            hash into all four splits (10 % test, 10 % validation).
+        path: A folder that holds `train.jsonl` and `test.jsonl`, or one JSONL file that serves both: then its
+            questions are cut by hash into all four splits (10 % test, 10 % validation).
         calculator: Keep the `<<16-3-4=9>>` annotations in demonstrations.
         system: A system message before every question; none when empty.
         max_tokens: Tokens an answer may have.
@@ -46,7 +47,9 @@ def gsm8k(path: str | Path, *, calculator: bool = False, system: str = "", max_t
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise ConfigError(f"task 'gsm8k': there is no {place}; give a folder with train.jsonl and test.jsonl, or a JSONL file")
+        raise ConfigError(
+            f"task 'gsm8k': there is no {place}; give a folder with train.jsonl and test.jsonl, or a JSONL file"
+        )
     loaded: dict[Path, list[dict[str, Any]]] = {}
 
     def rows(split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -104,9 +107,7 @@ def read_file(file: Path, *, calculator: bool = False, system: str = "") -> list
             {
                 "id": f"gsm8k/{file.stem}/{position}",
                 "prompt": [*before, {"role": "user", "content": question}],
-                "completion": [
-                    {"role": "assistant", "content": f"<think>{worked}</think><answer>{final}</answer>"}
-                ],
+                "completion": [{"role": "assistant", "content": f"<think>{worked}</think><answer>{final}</answer>"}],
                 "answer": final,
                 "steps": row["answer"].count("<<"),
             }

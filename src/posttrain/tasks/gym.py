@@ -1,8 +1,8 @@
 """Any data set of reasoning-gym (an extra) as a task: `task("gym:chain_sum", max_terms=3)`.
 
-Rows are written in a process of their own with a fixed hash seed, because some data sets depend on it, and answers are scored by the data set's
-own scorer in a reward worker.  Splits take their seeds from ranges that do not overlap; where a data set has few different
-questions, the same one may still occur in two splits.
+Rows are written in a process of their own with a fixed hash seed, because some data sets depend on it, and answers
+are scored by the data set's own scorer in a reward worker.  Splits take their seeds from ranges that do not overlap;
+where a data set has few different questions, the same one may still occur in two splits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,9 +31,7 @@ _RANGE = 1 << 30  # seeds of a split; all stay below 2**32, which numpy asks for
 _WRITE_SECONDS = 600.0
 
 
-def gym(
-    dataset: str, *, full_marks: bool = False, system: str = "", max_tokens: int = 256, **config: Any
-) -> Task:
+def gym(dataset: str, /, *, full_marks: bool = False, system: str = "", max_tokens: int = 256, **config: Any) -> Task:
     """A data set of reasoning-gym as a task.
 
     Args:
@@ -73,7 +71,7 @@ def gym(
 class GymScore:
     """What a data set's own scorer says of what stands in the last `<answer>`.
 
-    The scorer may stumble over what a model wrote; then, if it can score the right answer, the model's is `Unparseable`.
+    The scorer may stumble over what a model wrote; if it can score the right answer, the model's is then `Unparseable`.
     """
 
     dataset: str
@@ -192,7 +190,7 @@ def _dataset(dataset: str, config: Mapping[str, Any], size: int, seed: int) -> A
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """What importing a data set prints goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

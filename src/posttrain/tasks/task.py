@@ -15,7 +15,7 @@ from posttrain.types import Overlong, Unparseable, Verdict
 __all__ = ["TASKS", "Rows", "Task", "task", "word_problem_right"]
 
 Rows = Callable[..., list[dict[str, Any]]]
-"""`rows(split, n=None, seed=0) -> rows`: each has `id`, `prompt` (messages), `answer`, and `completion` where one is known."""
+"""`rows(split, n=None, seed=0)`: rows of `id`, `prompt` (messages), `answer`, and `completion` where one is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Task:
     name: str
     """How it is called, with its options in brackets where they matter."""
     rows: Rows
-    """`rows(split, n, seed)`: n rows of a split, the same for the same arguments; `n=None` is all of them where there is an end."""
+    """`rows(split, n, seed)`: n rows of a split, the same for the same arguments; `None` is all, where there is an end."""
     splits: tuple[str, ...]
     """The splits it has; no row is in two of them, unless the task's documentation says so."""
     rewards: tuple[Reward, ...]
@@ -62,8 +62,8 @@ def task(name: str, **options: Any) -> Task:
 
     Args:
         name: `word-problems`, `gsm8k`, or `gym:<data set>` for any data set of reasoning-gym.
-        options: The task's own: `level` (word-problems); `path`, `calculator`, `system`, `max_tokens` (gsm8k); `full_marks`,
-            `system`, `max_tokens` and the fields of the data set's configuration (gym).
+        options: The task's own, `max_tokens` for each: `level` (word-problems); `path`, `calculator`, `system` (gsm8k);
+            `full_marks`, `system` and the fields of the data set's configuration (gym).
 
     Raises:
         ConfigError: There is no such task, or it has no such option; with the nearest names.

@@ -1,0 +1,65 @@
+"""How rows are grouped, and that grouping changes nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from posttrain.layout import Layout
+from posttrain.models import attention
+from posttrain.models.attention import PADDING, attend, groups_of, plan, window_mask
+
+torch.set_num_threads(1)
+
+
+def layout_of(*sizes: int) -> Layout:
+    return Layout.of(torch.zeros(sum(sizes), dtype=torch.int64), sizes)
+
+
+def test_groups_hold_every_row_once_with_little_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        sizes = tuple(torch.randint(1, 200, (17,), generator=generator).tolist())
+        groups = groups_of(sizes)
+        assert sorted(row for group in groups for row in group) == list(range(17))
+        for group in groups:
+            total = max(sizes[row] for row in group) * len(group)
+            assert 1 - sum(sizes[row] for row in group) / total <= PADDING + 1e-12
+
+
+def test_equal_lengths_are_one_group_without_gather() -> None:
+    the_plan = plan(layout_of(7, 7, 7))
+    assert [(group.rows, group.width, group.first) for group in the_plan.groups] == [(3, 7, 0)]
+    assert the_plan.back is None
+
+
+def test_the_plan_is_worked_out_once_a_layout() -> None:
+    layout = layout_of(3, 9)
+    assert plan(layout) is plan(layout)
+
+
+def test_window_mask_by_hand() -> None:
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert window_mask(4, 2, torch.device("cpu")).int().tolist() == expected
+
+
+def test_a_window_longer_than_the_rows_needs_no_mask(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "window_mask", lambda *_: 1 / 0)
+    layout = layout_of(5, 3)
+    x = torch.randn(8, 2, 4)
+    torch.testing.assert_close(attend(x, x, x, layout, scale=1.0, window=5), attend(x, x, x, layout, scale=1.0))
+
+
+def test_gradients_in_float64() -> None:
+    layout = layout_of(3, 9, 9, 8, 1)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(30, h, 4, dtype=torch.float64, generator=generator).requires_grad_() for h in (4, 2, 2))
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, layout, scale=0.5), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, layout, scale=0.5, window=3), (q, k, v))
+
+
+def test_other_rows_and_later_tokens_have_no_influence() -> None:
+    layout = layout_of(6, 5, 6)
+    x = torch.randn(17, 2, 4, requires_grad=True)
+    attend(x, x, x, layout, scale=0.5)[6 + 2].sum().backward()  # token 2 of row 1
+    touched = x.grad.abs().sum((1, 2)) > 0
+    assert touched.nonzero()[:, 0].tolist() == [6, 7, 8]
