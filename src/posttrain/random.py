@@ -1,7 +1,7 @@
 """Random numbers that depend on a key alone: (seed, step, sample, position), never on who drew before.
 
-A draw is a hash of its key, so a recompute draws the same, the composition of a batch does not matter, and nothing has to
-be saved to restart.  Everything is 64-bit integer arithmetic: the same numbers on a CPU and on an accelerator.
+A draw is a hash of its key, so a recompute draws the same, the composition of a batch does not matter, and nothing
+has to be saved to restart.  Everything is 64-bit integer arithmetic: the same numbers on a CPU and on an accelerator.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The stock reads: what methods ask of a forward.
 
-Reads of logits get a chunk `[n, V]` (see `At` for what stands beside it) and return one value, or a few, for each of its n
-tokens.  They work in float32 at least, and at the temperature at which the tokens were drawn.
+Reads of logits get a chunk `[n, V]` (see `At` for what stands beside it) and return one value, or a few, for each of
+its n tokens.  They work in float32 at least, and at the temperature at which the tokens were drawn.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _mean_logprob(logits: Tensor, at: At) -> Tensor:
     return log_probabilities(logits, at).mean(-1)
 
 
-def _argmax(logits: Tensor, at: At) -> Tensor:
+def _argmax(logits: Tensor, at: At) -> Tensor:  # noqa: ARG001
     return logits.argmax(-1)
 
 
@@ -56,7 +56,7 @@ def _top(logits: Tensor, at: At, *, k: int) -> Tensor:
     return log_probabilities(logits, at).topk(k, dim=-1).values
 
 
-def _top_tokens(logits: Tensor, at: At, *, k: int) -> Tensor:
+def _top_tokens(logits: Tensor, at: At, *, k: int) -> Tensor:  # noqa: ARG001
     return logits.topk(k, dim=-1).indices
 
 
@@ -72,7 +72,7 @@ def _scalar(model: Any, hidden: Tensor, head: str) -> Tensor:
     return out if out.dtype == torch.float64 else out.float()
 
 
-def _value(model: Any, hidden: Tensor, at: At) -> Tensor:
+def _value(model: Any, hidden: Tensor, at: At) -> Tensor:  # noqa: ARG001
     return _scalar(model, hidden, "value")
 
 

@@ -153,8 +153,8 @@ def train(run: Run, *, world: World | None = None) -> Result:
             session.remember(ready, metrics)
             session.record(samples, metrics, phases)
             session.step += 1
-            session.checkpoint(phases)
             session.evaluate(phases)
+            session.checkpoint(phases)
             session.show(metrics, phases)
         folder, best = session.finish()
         return Result(folder, best, session.step, time.perf_counter() - began, dict(session.metrics))

@@ -273,7 +273,6 @@ class Session:
                 stepper = r.name if r.part.optimizer is not None else ""
                 metrics |= self._update([(r, shard(units(r.batch, r.method.unit), self.world))], stepper, tally)
         metrics |= tally.means(self.world)
-        metrics["skipped_updates"] = float(self.skipped)
         return metrics
 
     def _minibatches(self, ready: Ready, turn: int) -> list[list[list[int]]]:
@@ -294,14 +293,14 @@ class Session:
         self.sampler.policy_version = sum(s.updates for s in self.steppers.values())
         if outcome.skipped is None:
             self.skipped = 0
-            return outcome.metrics
+            return outcome.metrics | {"skipped_updates": 0.0}
         self.skipped += 1
         where = monitor.write_replay(self.out, self.step, members, outcome.skipped)
         message = f"step {self.step}: the gradient of '{outcome.skipped}' is not finite; the update is left out ({where})"
         if self.skipped >= self.run.max_skipped:
             raise NumericsError(f"{message}; {self.skipped} updates in a row, so the run stops")
         python_warnings.warn(message, stacklevel=2)
-        return outcome.metrics
+        return outcome.metrics | {"skipped_updates": 1.0}
 
     def remember(self, ready: list[Ready], metrics: dict[str, float]) -> None:
         """The method's memory after this step."""
@@ -338,7 +337,7 @@ class Session:
         with phases.of("evaluate"):
             outcome = run.evaluation.of(self.models["policy"], self.tokenizer, self.renderer, model_name=f"step {self.step}")
         value = outcome.headline
-        self.journal.step(self.step, {"evaluation": value})
+        self.journal.step(self.step - 1, {"evaluation": value})
         if value > self.best.get("value", -math.inf):
             self.best = {"value": value, "step": float(self.step)}
             self._save_model(self.out / "best")

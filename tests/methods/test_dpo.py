@@ -24,9 +24,8 @@ def test_value_gradient_and_metrics() -> None:
     loss = objective(DPO(beta=0.1), batch, seen)
     close(loss, 0.620957)  # log(1 + exp(-0.15))
     loss.backward()
-    assert set(logprob.grad[0].tolist()[1:11]) == {pytest.approx(-0.046257, abs=1e-6)}
-    assert set(logprob.grad[1].tolist()[1:]) == {pytest.approx(0.046257, abs=1e-6)}
-    assert logprob.grad[0, 0] == 0
+    close(logprob.grad[0], [0.0] + [-0.046257] * 10 + [0.0] * 10)  # -0.1 sigmoid(-0.15) on each chosen token
+    close(logprob.grad[1], [0.0] + [0.046257] * 20)
     values = DPO(beta=0.1).loss(batch, seen, None)
     close([values["chosen_reward"][0], values["rejected_reward"][0], values["margin"][0]], [0.1, -0.05, 0.15])
     close([values["chosen_logprob"][0], values["rejected_logprob"][0]], [-12, -15])

@@ -5,9 +5,9 @@ import torch
 from build import close, float64, make_batch, objective, spread
 
 from posttrain import reads
+from posttrain.formulas.reductions import sequence_mean
 from posttrain.methods.sft.sft import SFT
 from posttrain.methods.sft.sstoken import SsToken, normalised
-from posttrain.formulas.reductions import sequence_mean
 from posttrain.types import Readings, State
 
 HISTORY = [2, 1, 3, 0.5, 2.5]

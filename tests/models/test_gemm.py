@@ -68,6 +68,13 @@ def test_the_probe_says_what_it_chose() -> None:
     assert record["threads"] == 1
 
 
+def test_a_recorded_choice_is_repeated() -> None:
+    assert gemm.settle("fast", recorded={"choice": "exact"}) == ("exact", {"choice": "exact"})
+    assert gemm.settle("bf16") == ("bf16", {"choice": "bf16"})
+    choice, record = gemm.settle("fast")
+    assert gemm.settle("fast", recorded=record)[0] == choice == record["choice"]
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fast", 1e-4), ("bf16", 0.1)])
 def test_a_model_in_another_precision(precision: gemm.Precision, tolerance: float, adapted: bool) -> None:

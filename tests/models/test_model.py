@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,18 @@ def test_own_and_foreign_paths_agree_through_one_interface() -> None:
     assert own.attention.keys() == foreign.attention.keys() == {0, -1}
     for layer in (0, -1):
         torch.testing.assert_close(own.attention[layer], foreign.attention[layer], atol=1e-5, rtol=0)
+
+
+def test_inputs_beyond_tokens_reach_the_model() -> None:
+    model, here = random_model("gpt2"), layout()
+    kinds = torch.arange(29) % 7
+    more = replace(here, extra={"token_type_ids": kinds})
+    hidden = model.trunk(more).hidden
+    expected = model.module.transformer(here.tokens[5:17][None], token_type_ids=kinds[5:17][None])[0][0]
+    torch.testing.assert_close(hidden[5:17], expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(hidden, model.trunk(here).hidden)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM takes no input 'token_type_ids'"):
+        random_model("llama").trunk(more)
 
 
 def test_a_cap_after_the_head_is_kept() -> None:

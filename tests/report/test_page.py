@@ -46,7 +46,7 @@ class Page(HTMLParser):
             self.data.append((found["value"], ""))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
@@ -226,7 +226,10 @@ def test_missing_pieces_are_left_out(finished_run: Path, tmp_path: Path, missing
     assert page.texts["h1"] == ["run" if "summary.json" in gone else "word-problems"]
 
 
-@pytest.mark.parametrize("form", ["null", "3", '"x"', "[1]", '{"step": 1, "loss": "high", "reward": [1]}', '{"step": 1, "reward_counts": [[1]]}'])
+@pytest.mark.parametrize(
+    "form",
+    ["null", "3", '"x"', "[1]", '{"step": 1, "loss": "high", "reward": [1]}', '{"step": 1, "reward_counts": [[1]]}'],
+)
 def test_lines_of_another_form_do_not_break_the_page(finished_run: Path, tmp_path: Path, form: str) -> None:
     folder = changed(finished_run, tmp_path)
     for name in ("cold-start/metrics.jsonl", "cold-start/samples.jsonl", "evaluations/base.jsonl"):

@@ -14,7 +14,7 @@ from posttrain.report.warnings import RULES, warnings_in_words
 Row = dict[str, Any]
 
 
-def steps(count: int, **values: float | None | Callable[[int], float]) -> list[Row]:
+def steps(count: int, **values: float | Callable[[int], float] | None) -> list[Row]:
     return [
         {"step": step, **{name: value(step) if callable(value) else value for name, value in values.items()}}
         for step in range(count)

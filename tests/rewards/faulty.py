@@ -110,7 +110,9 @@ def allocates(answer):
 
 def leaves_children(answer):
     """A plain child, one in a session of its own, and one that was orphaned; their numbers go to a file."""
-    daemon = f"import os; os.fork() and os._exit(0); os.setsid(); open({answer.info['file']!r}, 'a').write(str(os.getpid())"
+    daemon = (
+        f"import os; os.fork() and os._exit(0); os.setsid(); open({answer.info['file']!r}, 'a').write(str(os.getpid())"
+    )
     daemon += " + '\\n'); import time; time.sleep(600)"
     plain = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)

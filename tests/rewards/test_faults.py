@@ -64,9 +64,7 @@ def test_a_hang_is_killed_at_the_deadline_and_marked_timeout(function: str) -> N
     assert spent < 0.7 * 2 + 8  # the two tries, and starting three workers on a busy machine
 
 
-@pytest.mark.parametrize(
-    "kind", ["nan", "inf", "huge", "beyond-float32", "text", "dict", "list", "complex"]
-)
+@pytest.mark.parametrize("kind", ["nan", "inf", "huge", "beyond-float32", "text", "dict", "list", "complex"])
 def test_what_is_no_finite_number_is_a_failure_of_the_reward(kind: str) -> None:
     with RewardRunner() as runner:
         found, tally = runner.judge(faulty("returns"), answers(10, bad=(0,), kind=kind))
@@ -170,7 +168,7 @@ def test_a_reward_of_which_nothing_succeeds_stops_at_once() -> None:
 
 
 def test_hangs_everywhere_stop_the_run_long_before_every_deadline() -> None:
-    with RewardRunner() as runner, pytest.raises(RewardError, match="no answer within 0.1 s"):
+    with RewardRunner() as runner, pytest.raises(RewardError, match=r"no answer within 0\.1 s"):
         runner.judge(faulty("sleeps", deadline=0.1), answers(500, bad=tuple(range(500))))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,7 +143,9 @@ def test_nothing_to_say_is_not_zero() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_group_rewards_see_whole_groups(workers: int) -> None:
     # shuffled groups of 3, 2 and 1; the value is the size of the group, and 0.01 for each shorter answer in it
-    samples = [sample("s", group=group, length=length) for group, length in zip("abacab", [3, 1, 1, 1, 2, 2], strict=True)]
+    samples = [
+        sample("s", group=group, length=length) for group, length in zip("abacab", [3, 1, 1, 1, 2, 2], strict=True)
+    ]
     rewards = [load_reward(f"{FAULTY}:ranks", scope="group")]
     with RewardRunner(workers=workers) as runner:
         found, _ = score(rewards, samples, decode, runner=runner)
@@ -165,6 +169,16 @@ def test_no_samples() -> None:
 def test_a_row_that_is_not_json_is_named() -> None:
     with RewardRunner() as runner, pytest.raises(DataError, match="row-5"):
         score([load_reward(f"{FAULTY}:good")], [sample("s", id="row-5", thing=object())], decode, runner=runner)
+
+
+def test_a_worker_imports_nothing_heavy() -> None:
+    source = str(Path(__import__("posttrain").__path__[0]).parent)
+    code = "import sys, posttrain.rewards.worker, posttrain.rewards, posttrain.tasks; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": source}, capture_output=True, text=True, check=True
+    )
+    heavy = {"torch", "numpy", "transformers", "sympy", "math_verify", "reasoning_gym", "matplotlib", "datasets"}
+    assert heavy & set(done.stdout.split()) == set()
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -235,6 +249,10 @@ def test_rewards_by_name() -> None:
     assert [(reward.name, reward.weight) for reward in found] == [
         ("maths-exact", 1.0), ("format", 0.5), ("length", -2.0), ("good", 0.1),
     ]  # fmt: skip
-    for spec, words in [("mathsexact", "nearest: 'maths-exact'"), ("format*x", "a number"), ("length:3", "length:64,16")]:
+    for spec, words in [
+        ("mathsexact", "nearest: 'maths-exact'"),
+        ("format*x", "a number"),
+        ("length:3", "length:64,16"),
+    ]:
         with pytest.raises(ConfigError, match=words):
             named_rewards([spec])

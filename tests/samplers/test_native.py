@@ -189,6 +189,15 @@ def test_a_prompt_is_read_once_for_its_group_and_together_with_others(
     assert [answer.tokens for answer in grouped] == [answer.tokens for answer in alone]
 
 
+@pytest.mark.parametrize(("width", "exact", "passes"), [(64, False, 1), (2, False, 2), (64, True, 12)])
+def test_different_prompts_are_read_in_one_pass(width: int, exact: bool, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 2 slots the queue is looked through 8 rows ahead; when exact, every prompt is read alone."""
+    calls = counting(monkeypatch, CachedStepper)
+    made = sampler(make("llama"), max_batch=width, exact=exact)
+    made.sample(ragged(12, 1), sampling=Sampling(max_tokens=4), seed=0, step=0)
+    assert len(calls) == passes
+
+
 def test_long_answers_and_long_prompts_grow_the_cache() -> None:
     model = random_model(dtype="float64", max_position_embeddings=400)
     prompts = [*ragged(5, 1), prompt([3 + i % 50 for i in range(150)], 90), prompt([4] * 33, 91)]

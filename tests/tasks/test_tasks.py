@@ -58,7 +58,10 @@ def test_word_problems_verify_their_own_demonstrations() -> None:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     lines = [
-        {"question": f"Ann has {i} eggs and buys 1,000. How many?", "answer": f"{i}+1000=<<{i}+1000={i + 1000}>>{i + 1000} eggs\n#### 1,{i:03d}"}
+        {
+            "question": f"Ann has {i} eggs and buys 1,000. How many?",
+            "answer": f"{i}+1000=<<{i}+1000={i + 1000}>>{i + 1000} eggs\n#### 1,{i:03d}",
+        }
         for i in range(200)
     ]
     for name in ("train", "test"):
@@ -72,9 +75,7 @@ def test_gsm8k_rows(small: Path) -> None:
     assert row == {
         "id": "gsm8k/test/8",
         "prompt": [{"role": "user", "content": "Ann has 7 eggs and buys 1,000. How many?"}],
-        "completion": [
-            {"role": "assistant", "content": "<think>7+1000=1007 eggs</think><answer>1007</answer>"}
-        ],
+        "completion": [{"role": "assistant", "content": "<think>7+1000=1007 eggs</think><answer>1007</answer>"}],
         "answer": "1007",
         "steps": 1,
     }
@@ -103,7 +104,8 @@ def test_gsm8k_splits_are_disjoint_whole_and_seeded(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"question": "q"}', '{"question": "q", "answer": "7"}', '{"question": "q", "answer": "#### x"}']
+    "line",
+    ["{", "[]", '{"question": "q"}', '{"question": "q", "answer": "7"}', '{"question": "q", "answer": "#### x"}'],
 )
 def test_gsm8k_bad_lines_are_named(small: Path, line: str) -> None:
     file = small / "test.jsonl"
@@ -149,11 +151,16 @@ def test_gym_sets_verify_their_own_answers(dataset: str, options: dict[str, obje
     made = task(f"gym:{dataset}", **options)
     rows = made.rows("train", 4)
     assert [row["id"] for row in rows] == [f"gym:{dataset}/train/0/{i}" for i in range(4)]
-    assert rows == made.rows("train", 4)
     assert json.loads(json.dumps(rows)) == rows
-    assert rows[0]["prompt"][-1]["content"] != made.rows("test", 1)[0]["prompt"][-1]["content"]
-    assert judge(made, rows, [row["completion"][0]["content"] for row in rows]) == [Score(1.0)] * 4
-    junk = judge(made, rows, ["<answer>(](</answer>", "no tags", "<answer></answer>", "<answer>-1\n2</answer>"])
+    if dataset == "word_ladder":  # what it writes depends on the hash seed
+        assert rows == made.rows("train", 4)
+    if dataset == "chain_sum":
+        assert rows[0]["prompt"][-1]["content"] != made.rows("test", 1)[0]["prompt"][-1]["content"]
+    own = [row["completion"][0]["content"] for row in rows]
+    wrong = ["<answer>(](</answer>", "no tags", "<answer></answer>", "<answer>-1\n2</answer>"]
+    found = judge(made, rows * 2, own + wrong)
+    assert found[:4] == [Score(1.0)] * 4
+    junk = found[4:]
     assert not any(isinstance(verdict, Score) and verdict.value > 0.5 for verdict in junk)
     assert isinstance(junk[1], Unparseable)
 

@@ -1,17 +1,20 @@
-"""The one renderer: messages become tokens, each with who wrote it, the message it belongs to, and whether it is trained.
+"""The one renderer: messages become tokens, each with who wrote it, its message, and whether it is trained.
 
-Supervised fine-tuning, reward models, reinforcement learning, evaluation and export all read the same tokens.  The rendered
-text is tokenised once, as a whole; origins come from character offsets (`template.py` finds them), never from text searches.
+Supervised fine-tuning, reward models, reinforcement learning, evaluation and export all read the same tokens.  The
+rendered text is tokenised once, as a whole; origins come from character offsets (`template.py` finds them), never
+from text searches.
 
-- **Trained** is what the model must write itself: from the end of the generation prompt to the stop token, both thinking tags
-  and stop token included.  These tokens have the origin DEMONSTRATION; what follows the stop token is TEMPLATE.
-- Assistant turns that are read and not trained (the history of a prompt) are CONTEXT, so `Sample.prompt_length` is the length of
-  the prompt.
-- **Control tokens in contents** are written as ordinary text in system, user and tool contents; in assistant contents the same holds
-  for tokens that build turns, while paired tags (`<think>`) stay tokens.  A content that *ends* with a stop token is refused, for
-  it would be written twice.  In other fields (tool calls, names, tools) control tokens are refused.
-- **History that a template rewrites** (earlier thinking dropped) is never trained: `conversation` raises, `turns` makes one sample
-  of each answer.
+- **Trained** is what the model must write itself: from the end of the generation prompt to the stop token, both
+  thinking tags and stop token included.  These tokens have the origin DEMONSTRATION; what follows the stop token is
+  TEMPLATE.
+- Assistant turns that are read and not trained (the history of a prompt) are CONTEXT, so `Sample.prompt_length` is
+  the length of the prompt.
+- **Control tokens in contents** are written as ordinary text in system, user and tool contents; in assistant contents
+  the same holds for tokens that build turns, while paired tags (`<think>`) stay tokens.  A content that *ends* with a
+  stop token is refused, for it would be written twice.  In other fields (tool calls, names, tools) control tokens are
+  refused.
+- **History that a template rewrites** (earlier thinking dropped) is never trained: `conversation` raises, `turns`
+  makes one sample of each answer.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.data import checks
+from posttrain.data.checks import PROMPT_DIFFERS
 from posttrain.data.control import Control, control_tokens
 from posttrain.data.encode import encode, ids_of
 from posttrain.data.placing import Rendering, Rewritten
@@ -31,9 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["PROMPT_DIFFERS", "RENDERED_KEYS", "Renderer", "row_info"]
-
-PROMPT_DIFFERS = "prompt_differs"
-"""Key of `Sample.info`: why a prompt's tokens in training are not those in sampling.  Absent where they agree."""
 
 RENDERED_KEYS = frozenset({"messages", "prompt", "completion", "chosen", "rejected", "text", "tools", "responses"})
 """Keys of a row that become tokens; all its other JSON values go into `Sample.info`."""
@@ -51,7 +52,7 @@ class Renderer:
     """
 
     stop_tokens: tuple[int, ...]
-    """The tokens that end an answer: what the template writes after one, the tokenizer's eos, the generation config's."""
+    """What ends an answer: the template's token after one, the tokenizer's eos, the generation config's."""
 
     def __init__(
         self,
@@ -72,12 +73,14 @@ class Renderer:
             allowed: Texts of control tokens that contents may hold as tokens (image placeholders, say).
 
         Raises:
-            TemplateError: There is no chat template, the tokenizer is not a fast one, or the template cannot render two turns.
+            TemplateError: There is no chat template, the tokenizer is not a fast one, or the template cannot render
+                two turns.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise TemplateError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer, so the place of its tokens in the text is unknown; "
-                "expected one with a tokenizer.json: save it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+                f"{type(tokenizer).__name__} is not a fast tokenizer, so the place of its tokens in the text is "
+                "unknown; expected one with a tokenizer.json: save it with AutoTokenizer.from_pretrained(..., "
+                "use_fast=True)"
             )
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, _source(tokenizer, template), variables or {})
@@ -135,9 +138,7 @@ class Renderer:
         answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         if not answers:
             roles = ", ".join(str(message.get("role")) for message in messages)
-            raise DataError(
-                f"a conversation with the roles ({roles}) has nothing to train; expected an assistant message"
-            )
+            raise DataError(f"a conversation with the roles ({roles}) has nothing to train; expected an assistant message")
         return self._render(messages, tools, set(answers if trained_turns == "assistant" else answers[-1:]), row=row)
 
     def turns(self, messages: Sequence[Message], tools: Tools = None, *, row: Row | None = None) -> list[Sample]:
@@ -183,10 +184,9 @@ class Renderer:
         for key in ("prompt", "chosen", "rejected"):
             if key not in row:
                 raise DataError(f"a pair has no '{key}'; expected prompt, chosen and rejected, found {sorted(row)}")
-        chosen, rejected = (
-            self.completion(row["prompt"], row[key], row.get("tools"), row=row) for key in ("chosen", "rejected")
-        )
-        return chosen, rejected
+        prompt, tools = row["prompt"], row.get("tools")
+        chosen = self.completion(prompt, row["chosen"], tools, row=row)
+        return chosen, self.completion(prompt, row["rejected"], tools, row=row)
 
     def text(self, raw: str, *, row: Row | None = None) -> Sample:
         """Raw text, all of it trained but the first token, and the eos token at its end."""
@@ -250,6 +250,7 @@ class Renderer:
         text = self.template.text(messages, tools, ask=ask)
         spans = self.template.contents(messages, tools, text, ask=ask)
         guarded = [(s.start, s.end, self.control.of(str(messages[s.message].get("role")))) for s in spans]
+        self._refuse_unguarded(messages, text, spans)
         page = Rendering(
             template=self.template,
             control=self.control,
@@ -281,19 +282,29 @@ class Renderer:
         for i, message in enumerate(messages):
             role, body = message.get("role"), "".join(parts(message))
             if i in trained and not body.strip() and not (set(message) - {"role", "content"}):
-                raise DataError(
-                    f"message {i} (role 'assistant') is empty, so only its end would be learnt; remove the row"
-                )
+                raise DataError(f"message {i} (role 'assistant') is empty, so only its end would be learnt; remove the row")
             if role == "assistant":
                 for stop in stops:
                     if body.rstrip().endswith(stop):
                         raise DataError(
-                            f"message {i} (role 'assistant') already ends with the stop token {stop!r}, which the template "
-                            "writes itself; remove it from the data"
+                            f"message {i} (role 'assistant') already ends with the stop token {stop!r}, which the "
+                            "template writes itself; remove it from the data"
                         )
-            others = strings({key: value for key, value in message.items() if key not in ("content", "role")})
+            others = strings({key: value for key, value in message.items() if key != "content"})
             _refuse_text(others, self.control.of(str(role)), f"message {i} (role {role!r}), outside its content,")
         _refuse_text(strings([tool for tool in tools or () if not callable(tool)]), self.control.outside, "the tools")
+
+    def _refuse_unguarded(self, messages: Sequence[Message], text: str, spans: Sequence[Span]) -> None:
+        """Refuse control text in a part of a content that the template rewrites: its place in the text is not known."""
+        for i, message in enumerate(messages):
+            body = "".join(parts(message))
+            known = "".join(text[span.start : span.end] for span in spans if span.message == i)
+            for word in self.control.of(str(message.get("role"))).values():
+                if body.count(word) > known.count(word):
+                    raise DataError(
+                        f"message {i} (role {message.get('role')!r}) holds the text of the control token {word!r} in "
+                        "a part that the template rewrites; remove it from the content"
+                    )
 
 
 def _source(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
@@ -304,7 +315,8 @@ def _source(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
     if not own:
         raise TemplateError(
             "the tokenizer has no chat template, so roles cannot be written; give one (--chat-template FILE, or "
-            "Renderer(tokenizer, template=...)), or write prompt and completion as plain text (Renderer.plain(tokenizer))"
+            "Renderer(tokenizer, template=...)), or write prompt and completion as plain text "
+            "(Renderer.plain(tokenizer))"
         )
     return str(own)
 
@@ -313,8 +325,8 @@ def _certain(template: Template, probe: Sequence[Message], text: str) -> list[Sp
     spans = [span for span in template.contents(probe, None, text, ask=False) if span.message == 1]
     if not spans:
         raise TemplateError(
-            "the chat template drops the assistant's content ('World' in a conversation of two messages); expected it to be "
-            "written: give another template (--chat-template FILE)"
+            "the chat template drops the assistant's content ('World' in a conversation of two messages); expected "
+            "it to be written: give another template (--chat-template FILE)"
         )
     return spans
 
@@ -323,9 +335,7 @@ def _refuse_text(texts: Sequence[str], forbidden: Mapping[int, str], where: str)
     for text in texts:
         for word in forbidden.values():
             if word in text:
-                raise DataError(
-                    f"{where} holds the text of the control token {word!r}; expected ordinary text: remove it"
-                )
+                raise DataError(f"{where} holds the text of the control token {word!r}; expected ordinary text: remove it")
 
 
 def row_info(row: Row | None) -> dict[str, Any]:
@@ -333,9 +343,7 @@ def row_info(row: Row | None) -> dict[str, Any]:
     return {key: value for key, value in (row or {}).items() if key not in RENDERED_KEYS and checks.is_json(value)}
 
 
-def _labelled(
-    tokens: list[int], origin: list[int], trained: list[bool], turn: list[int], row: Row | None, trouble: str
-) -> Sample:
+def _labelled(tokens: list[int], origin: list[int], trained: list[bool], turn: list[int], row: Row | None, trouble: str) -> Sample:
     info = row_info(row)
     if trouble:
         info[PROMPT_DIFFERS] = trouble

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
     from posttrain.data.chat import Renderer
 
-__all__ = ["adds_bos", "as_ids", "bos_is_doubled", "check", "refuse_long_prompts", "unstopped_turn"]
+__all__ = ["PROMPT_DIFFERS", "adds_bos", "as_ids", "bos_is_doubled", "check", "refuse_long_prompts", "unstopped_turn"]
+
+
+PROMPT_DIFFERS = "prompt_differs"
+"""Key of `Sample.info`: why a prompt's tokens in training are not those in sampling.  Absent where they agree."""
 
 
 def as_ids(value: Any) -> list[int]:
@@ -76,26 +80,27 @@ def check(samples: Sequence[Sample], renderer: Renderer, *, imitates: bool, prom
         name = f"sample {i}" + (f" ({sample.query})" if sample.query else "")
         if not prompts and not any(sample.trained):
             raise TemplateError(
-                f"{name}: nothing is trained; expected an answer: look at the template's generation markers, or give rows with "
-                "an assistant message"
+                f"{name}: nothing is trained; expected an answer: look at the template's generation markers, or give "
+                "rows with an assistant message"
             )
         if bos_is_doubled(sample.tokens, bos):
             raise TemplateError(
-                f"{name}: two begin-of-text tokens ({renderer.tokenizer.bos_token!r}) stand at the start; expected one: remove "
-                "it from the data or from the template"
+                f"{name}: two begin-of-text tokens ({renderer.tokenizer.bos_token!r}) stand at the start; expected "
+                "one: remove it from the data or from the template"
             )
-        differs = sample.info.get("prompt_differs")
+        differs = sample.info.get(PROMPT_DIFFERS)
         if differs:
             raise TemplateError(
-                f"{name}: training and sampling disagree on the prompt's tokens: {differs}; expected the same tokens: give a "
-                "template that writes a prompt the same way in both, train one sample an answer (Renderer.turns), or "
-                "remove white space where prompt and answer meet"
+                f"{name}: training and sampling disagree on the prompt's tokens: {differs}; expected the same "
+                "tokens: give a template that writes a prompt the same way in both, train one sample an answer "
+                "(Renderer.turns), or remove white space where prompt and answer meet"
             )
         message = unstopped_turn(sample, renderer.stop_tokens) if imitates and not prompts else None
         if message is not None:
             raise TemplateError(
-                f"{name}: the stop token is not trained at the end of message {message}, so the model would never stop; expected "
-                f"one of {stops}: give a template that writes it after an answer and inside its generation markers"
+                f"{name}: the stop token is not trained at the end of message {message}, so the model would never "
+                f"stop; expected one of {stops}: give a template that writes it after an answer and inside its "
+                "generation markers"
             )
 
 
@@ -111,6 +116,6 @@ def refuse_long_prompts(samples: Sequence[Sample], limit: int) -> None:
         worst, length = max(long, key=lambda item: item[1])
         name = samples[worst].query or f"sample {worst}"
         raise DataError(
-            f"{len(long)} of {len(samples)} prompts do not fit the context of {limit} tokens; the longest has {length} ({name}); "
-            "nothing is cut silently: remove these rows, or take a longer context"
+            f"{len(long)} of {len(samples)} prompts do not fit the context of {limit} tokens; the longest has "
+            f"{length} ({name}); nothing is cut silently: remove these rows, or take a longer context"
         )

@@ -60,9 +60,7 @@ def coloured(sample: Sample, tokenizer: PreTrainedTokenizerFast, *, with_legend:
         while end < len(sample) and (sample.origin[end], sample.trained[end]) == look:
             end += 1
         style = _STYLES[Origin(look[0])] + (f" {_TRAINED}" if look[1] else "")
-        decoded = tokenizer.decode(
-            sample.tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        decoded = tokenizer.decode(sample.tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text.append(str(decoded).replace("\n", "⏎\n"), style=style)
         start = end
     return text

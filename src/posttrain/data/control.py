@@ -1,11 +1,13 @@
 """Which tokens of a vocabulary steer a conversation, and who may write them.
 
-Text that a person, a tool or a data file brings must never become the tokens that end a turn or start another one.  Two sets:
+Text that a person, a tool or a data file brings must never become the tokens that end a turn or start another one.
+Two sets:
 
 - `outside`: what system, user and tool contents may not contain as tokens: every special token, and every added token
   that the template writes.  Such text stays in the content, as ordinary characters.
-- `inside`: what an assistant's content may not contain as tokens: the tokens that build turns (begin and end of text, padding,
-  stop tokens, the template's headers).  Tags in pairs such as `<think>` and `</think>` are an answer's own and stay tokens.
+- `inside`: what an assistant's content may not contain as tokens: the tokens that build turns (begin and end of text,
+  padding, stop tokens, the template's headers).  Tags in pairs such as `<think>` and `</think>` are an answer's own
+  and stay tokens.
 """
 
 from __future__ import annotations
@@ -79,9 +81,5 @@ def control_tokens(
     }
     building = named | (set(markup) - tags)
     inside = {n: text for n, text in added.items() if n in building and text not in allowed}
-    outside = {
-        n: text
-        for n, text in added.items()
-        if text not in allowed and (n in special or n in building or text in source)
-    }
+    outside = {n: text for n, text in added.items() if text not in allowed and (n in special or n in building or text in source)}
     return Control(added=added, outside=outside, inside=inside)

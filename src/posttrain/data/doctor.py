@@ -22,6 +22,7 @@ __all__ = ["Finding", "diagnose"]
 
 _USER = {"role": "user", "content": "Hello"}
 _ANSWER = {"role": "assistant", "content": "World"}
+_WORDS = ("The answer", "I think", "42", "Yes", "hello")  # beginnings: some are one token with a space before them
 _THOUGHT = {"role": "assistant", "content": "<think>First thing.</think>World"}
 
 
@@ -111,7 +112,9 @@ def _template(renderer: Renderer) -> Iterable[Finding]:
     sample = renderer.conversation([_USER, _ANSWER])
     if not renderer.template.marks_generation:
         yield Finding(
-            "note", "the template has no generation markers", "nothing to do: answers are found by rendering their prompts"
+            "note",
+            "the template has no generation markers",
+            "nothing to do: answers are found by rendering their prompts",
         )
     if not renderer.template_stops:
         yield Finding(
@@ -120,9 +123,7 @@ def _template(renderer: Renderer) -> Iterable[Finding]:
             "give a template that ends assistant turns with the eos token (--chat-template FILE)",
         )
     elif not any(sample.trained):
-        yield Finding(
-            "error", "the template's generation markers enclose nothing", "move the answer between them, or remove them"
-        )
+        yield Finding("error", "the template's generation markers enclose nothing", "move the answer between them, or remove them")
     elif checks.unstopped_turn(sample, renderer.stop_tokens) is not None:
         yield Finding(
             "error",
@@ -138,10 +139,12 @@ def _template(renderer: Renderer) -> Iterable[Finding]:
             "template and tokenizer each write a begin-of-text token",
             "handled here; where another program tokenises the rendered text, give it add_special_tokens=False",
         )
-    if PROMPT_DIFFERS in sample.info:
+    answers = [renderer.completion("Hello", word).info for word in _WORDS]
+    differs = [info[PROMPT_DIFFERS] for info in (sample.info, *answers) if PROMPT_DIFFERS in info]
+    if differs:
         yield Finding(
             "error",
-            f"training and sampling disagree on a prompt's tokens: {sample.info[PROMPT_DIFFERS]}",
+            f"training and sampling disagree on a prompt's tokens: {differs[0]}",
             "give a template whose generation prompt is the beginning of every assistant turn",
         )
     yield from _thinking(renderer)
@@ -247,7 +250,8 @@ def _repeated(rows: Sequence[Row]) -> Iterable[Finding]:
     extra = sum(count - 1 for count in counts.values())
     if extra:
         yield Finding("warning", f"{extra} of {len(rows)} rows repeat another row", "remove them, or mean to weigh them double")
-    same = [str(row.get("_source", i)) for i, row in enumerate(rows) if "chosen" in row and row["chosen"] == row.get("rejected")]
+    alike = ((i, row) for i, row in enumerate(rows) if "chosen" in row and row["chosen"] == row.get("rejected"))
+    same = [str(row.get("_source", f"row {i}")) for i, row in alike]
     if same:
         yield Finding("warning", f"in {len(same)} rows chosen and rejected are the same ({_some(same)})", "remove them")
 

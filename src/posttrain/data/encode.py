@@ -68,8 +68,8 @@ def encode(
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except (UnicodeEncodeError, TypeError) as cause:
         raise DataError(
-            "a text holds half of a surrogate pair, which no tokenizer takes; expected valid Unicode: load the rows with "
-            "posttrain.data.rows.load_rows, which repairs it, or write text.encode('utf-8', 'replace').decode()"
+            "a text holds half of a surrogate pair, which no tokenizer takes; expected valid Unicode: load the rows "
+            "with posttrain.data.rows.load_rows, which repairs it, or write text.encode('utf-8', 'replace').decode()"
         ) from cause
     ids = [int(token) for token in encoding["input_ids"]]
     starts: list[int] = []

@@ -60,9 +60,7 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     if "role" not in message and "from" in message:
         return _sharegpt(message, place)
     if not isinstance(message.get("role"), str):
-        raise DataError(
-            f"{place} has the role {_found(message.get('role'))}; expected a string such as 'user' or 'assistant'"
-        )
+        raise DataError(f"{place} has the role {_found(message.get('role'))}; expected a string such as 'user' or 'assistant'")
     content = message.get("content")
     if not isinstance(content, str | list) and not (content is None and set(message) - {"role"}):
         raise DataError(f"{place} has the content {_found(content)}; expected a string or a list of parts")
@@ -105,9 +103,7 @@ def _answered(messages: Messages, column: str) -> Messages:
     """The messages, with an assistant among them, and none of the assistant's empty."""
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise DataError(
-            f"'{column}' has no assistant message (roles: {[m['role'] for m in messages]}); expected at least one"
-        )
+        raise DataError(f"'{column}' has no assistant message (roles: {[m['role'] for m in messages]}); expected at least one")
     if any(_blank(message) for message in answers):
         raise _Empty(f"'{column}' has an empty assistant message; expected text: remove the row")
     return messages
@@ -154,14 +150,13 @@ def _transcript(text: str, column: str) -> Messages:
     marks = list(_HH_TURN.finditer(text))
     if not marks or text[: marks[0].start()].strip():
         raise DataError(
-            f"'{column}' is a text without a prompt beside it; expected a 'prompt' column, lists of messages, or text in the form "
-            "'\\n\\nHuman: ...\\n\\nAssistant: ...'"
+            f"'{column}' is a text without a prompt beside it; expected a 'prompt' column, lists of messages, or "
+            "text in the form '\\n\\nHuman: ...\\n\\nAssistant: ...'"
         )
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[mark.group(1)], "content": text[mark.end() : end].strip()}
-        for mark, end in zip(marks, ends, strict=True)
+        {"role": roles[mark.group(1)], "content": text[mark.end() : end].strip()} for mark, end in zip(marks, ends, strict=True)
     ]
 
 
@@ -179,8 +174,8 @@ def _implicit_pair(row: dict[str, Any]) -> dict[str, Any]:
         shared -= 1  # each side keeps an answer, and the prompt ends with somebody else's message
     if not shared:
         raise DataError(
-            "'chosen' and 'rejected' share no first message, so there is no prompt; expected a 'prompt' column, or conversations "
-            "that begin alike"
+            "'chosen' and 'rejected' share no first message, so there is no prompt; expected a 'prompt' column, or "
+            "conversations that begin alike"
         )
     return {
         **row,
@@ -233,9 +228,7 @@ def _labelled_completion(row: dict[str, Any]) -> dict[str, Any]:
     whole = row["completion"]
     messages = _transcript(whole, "completion") if isinstance(whole, str) else _messages(whole, "completion")
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] == "assistant":
-        raise DataError(
-            "'completion' holds no prompt; expected a 'prompt' column, or a conversation that ends with an answer"
-        )
+        raise DataError("'completion' holds no prompt; expected a 'prompt' column, or a conversation that ends with an answer")
     return {**row, "prompt": messages[:-1], "completion": _answered(messages[-1:], "completion")}
 
 
@@ -333,9 +326,7 @@ def _parsed(row: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def normalise(
-    rows: Sequence[Mapping[str, Any]], *, skip_invalid: bool = False
-) -> tuple[list[dict[str, Any]], list[str]]:
+def normalise(rows: Sequence[Mapping[str, Any]], *, skip_invalid: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one format as rows of messages, and what is wrong with the rows that were left out.
 
     Raises:
@@ -356,8 +347,8 @@ def normalise(
         if known.name != first.name:
             raise DataError(
                 f"{place}: a row in the format '{known.name}' ({' + '.join(known.columns)}) among rows in the format "
-                f"'{first.name}' ({' + '.join(first.columns)}, from {rows[0].get('_source', 'row 0')} on); expected one format a "
-                "file: split the file"
+                f"'{first.name}' ({' + '.join(first.columns)}, from {rows[0].get('_source', 'row 0')} on); expected "
+                "one format a file: split the file"
             )
         try:
             made.append(known.convert(row))
@@ -403,9 +394,7 @@ def need(rows: Sequence[Mapping[str, Any]], kind: Kind, name: str) -> None:
                 hint = "; a conversation becomes a prompt when its last answer moves to 'completion'"
             elif len(columns) > len(set(columns) & {"prompt", "id"}):
                 hint = "; a column under another name is renamed with --map new=old"
-            raise DataError(
-                f"{place}: {name} learns from {what}: expected {expected}, found the columns {columns}{hint}"
-            )
+            raise DataError(f"{place}: {name} learns from {what}: expected {expected}, found the columns {columns}{hint}")
         if kind == "demonstrations" and "messages" in row:
             try:
                 _answered(row["messages"], "messages")

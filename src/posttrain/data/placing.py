@@ -78,7 +78,7 @@ class Rendering:
         return answer
 
     def _begun(self, i: int, content: int | None) -> Answer:
-        """Where answer `i` begins: at the end of the prompt that a sampler would be given, if that stands in the text."""
+        """Where answer `i` begins: at the end of the prompt that a sampler is given, if that stands in the text."""
         if i == 0:  # nobody asks: there is no prompt to agree with
             return Answer(i, content or 0)
         try:
@@ -90,9 +90,7 @@ class Rendering:
                 content -= len(self.lead)
             if content is None:
                 raise Rewritten(f"the chat template rewrites the conversation before message {i} and drops its content")
-            return Answer(
-                i, content, f"what stands before message {i} is written differently when the model is asked for it"
-            )
+            return Answer(i, content, f"what stands before message {i} is written differently when the model is asked for it")
         answer = Answer(i, len(asked), header=len(header) if self.text.startswith(header) else None)
         gap = self.text[len(asked) : content] if content is not None else ""
         headers = [word for token, word in self.control.inside.items() if token not in self.stops and word in gap]
@@ -129,16 +127,17 @@ class Rendering:
         for body in parts(self.messages[answer.message]):
             if "".join(body.split()) not in written:
                 raise Rewritten(
-                    f"the chat template rewrites the answer in message {answer.message} (it drops thinking, or the content "
-                    "beside tool calls), so what would be trained is not what the data say; train the last answer alone "
-                    "(trained_turns='last'), one sample an answer (Renderer.turns), or give a template that keeps it "
-                    "(--chat-template FILE)"
+                    f"the chat template rewrites the answer in message {answer.message} (it drops thinking, or the "
+                    "content beside tool calls), so what would be trained is not what the data say; train the last "
+                    "answer alone (trained_turns='last'), one sample an answer (Renderer.turns), or give a template "
+                    "that keeps it (--chat-template FILE)"
                 )
 
     def differs(self, answer: Answer) -> str:
         """Why the tokens before the answer are not those that a sampler would be given; empty where they are.
 
-        Tokens before a control token do not depend on what follows it, so only the text since the last one is cut again.
+        Tokens before a control token do not depend on what follows it, so only the text since the last one is cut
+        again.
         """
         if answer.trouble or answer.message == 0:
             return answer.trouble

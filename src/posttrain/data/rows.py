@@ -35,14 +35,14 @@ def load_rows(
     All other keys ride along.  Every row has `_source`, its file and line: `"train.jsonl:17"`.
 
     Args:
-        source: A `.jsonl`, `.json` (a list of objects, or an object of columns), `.csv`, `.tsv` or `.parquet` file, each
-            also with `.gz` behind it; a folder of such files, or one that `datasets` saved; `owner/name` or
+        source: A `.jsonl`, `.json` (a list of objects, or an object of columns), `.csv`, `.tsv` or `.parquet` file,
+            each also with `.gz` behind it; a folder of such files, or one that `datasets` saved; `owner/name` or
             `owner/name:config` on the hub.
         rename: New column name -> the name in the file (`--map new=old`).
         split: The split of a folder or of a hub data set.
         limit: Read at most so many rows.
-        skip_invalid: Leave out rows that are not well formed (an empty answer, say) and warn with their number, in place
-            of refusing the file.
+        skip_invalid: Leave out rows that are not well formed (an empty answer, say) and warn with their number, in
+            place of refusing the file.
 
     Raises:
         ConfigError: There is no such file or split, or a column to rename does not exist.
@@ -169,9 +169,7 @@ def _from_json(path: Path, text: str) -> Iterator[dict[str, Any]]:
         if first.startswith("{") and first.rstrip().endswith("}"):
             yield from _from_lines(path, text)
             return
-        raise DataError(
-            f"{path.name}: not JSON ({cause}); expected a list of objects or an object of columns"
-        ) from cause
+        raise DataError(f"{path.name}: not JSON ({cause}); expected a list of objects or an object of columns") from cause
     if isinstance(whole, dict) and len(whole) == 1 and isinstance(next(iter(whole.values())), list):
         inner = next(iter(whole.values()))
         if inner and all(isinstance(item, dict) for item in inner) and "messages" not in whole:
@@ -194,9 +192,7 @@ def _columns(path: Path, whole: Mapping[str, Any]) -> list[dict[str, Any]]:
         if isinstance(whole.get("messages"), list) or isinstance(whole.get("conversations"), list):
             return [dict(whole)]
         raise DataError(f"{path.name}: the columns have different lengths ({lengths}); expected equal ones")
-    if set(whole) <= {"messages", "tools", "conversations"} and all(
-        isinstance(m, dict) for c in whole.values() for m in c
-    ):
+    if set(whole) <= {"messages", "tools", "conversations"} and all(isinstance(m, dict) for c in whole.values() for m in c):
         return [dict(whole)]
     return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
 
@@ -209,9 +205,7 @@ def _from_csv(path: Path, text: str, delimiter: str) -> Iterator[dict[str, Any]]
             place = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
                 names = reader.fieldnames or []
-                raise DataError(
-                    f"{place}: not {len(names)} fields as in the header {list(names)}; expected quotes around commas"
-                )
+                raise DataError(f"{place}: not {len(names)} fields as in the header {list(names)}; expected quotes around commas")
             yield {**row, "_source": place}
     except csv.Error as cause:
         raise DataError(f"{path.name}:{reader.line_num}: not CSV ({cause})") from cause
@@ -287,9 +281,7 @@ def _renamed(rows: Sequence[dict[str, Any]], rename: Mapping[str, str]) -> list[
     known = {key for row in rows for key in row}
     for new, old in rename.items():
         if old not in known:
-            raise ConfigError(
-                f"{old!r} is to be renamed to {new!r}, and no row has it{nearest(old, known - {'_source'})}"
-            )
+            raise ConfigError(f"{old!r} is to be renamed to {new!r}, and no row has it{nearest(old, known - {'_source'})}")
     return [
         {**{k: v for k, v in row.items() if k not in rename and k not in old_names}}
         | {k: v for k, v in row.items() if k in rename and k not in old_names and rename[k] not in row}

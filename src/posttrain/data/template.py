@@ -1,10 +1,10 @@
 """A chat template at the level of text: what it writes, and where each message stands in it.
 
-Where the content of a message stands is found by rendering the conversation a second time with two private-use characters
-around the content (inside its surrounding white space, so that templates that trim still do), checking that the text without
-them is the same text, and reading off their places.  Where an assistant's turn starts is where the prompt of that turn ends:
-the rendering of the messages before it with the generation prompt.  `{% generation %}` markers, where a template has them,
-take precedence over both.
+Where the content of a message stands is found by rendering the conversation a second time with two private-use
+characters around the content (inside its surrounding white space, so that templates that trim still do), checking
+that the text without them is the same text, and reading off their places.  Where an assistant's turn starts is where
+the prompt of that turn ends: the rendering of the messages before it with the generation prompt.  `{% generation %}`
+markers, where a template has them, take precedence over both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Message = Mapping[str, Any]
-"""`role`, `content` (a string, or a list of parts of which those of type `text` hold text), and what the template reads."""
+"""`role`, `content` (a string, or a list of parts, those of type `text` with text), and what the template reads."""
 
 Tools = Sequence[Any] | None
 """JSON schemas (or annotated functions) of the tools that the template may describe."""
@@ -84,21 +84,21 @@ class Template:
             TemplateError: The template refuses the conversation (an unknown role, roles that do not alternate, ...).
         """
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=list(tools) if tools else None,
-                    chat_template=self.source,
-                    add_generation_prompt=ask,
-                    tokenize=False,
-                    **self.variables,
-                )
+            rendered: Any = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                chat_template=self.source,
+                add_generation_prompt=ask,
+                tokenize=False,
+                **self.variables,
             )
+            return str(rendered)
         except Exception as cause:  # Jinja's errors, and whatever Python raises inside a template's expressions
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise TemplateError(
-                f"the chat template refuses a conversation with the roles ({roles}): {type(cause).__name__}: {cause}; "
-                "change the roles to what the template knows, or give another template (--chat-template FILE)"
+                f"the chat template refuses a conversation with the roles ({roles}): {type(cause).__name__}: "
+                f"{cause}; change the roles to what the template knows, or give another template (--chat-template "
+                "FILE)"
             ) from cause
 
     def generated(self, messages: Sequence[Message], tools: Tools, text: str) -> list[tuple[int, int]] | None:
@@ -108,13 +108,14 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        rendered, spans = render_jinja_template(
+        result: Any = render_jinja_template(
             conversations=[plain],
             tools=list(tools) if tools else None,
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.variables},
         )
+        rendered, spans = result
         if rendered[0] != text:
             raise TemplateError("the chat template writes another text when its generation markers are read")
         return [(int(start), int(end)) for start, end in spans[0]]
@@ -140,8 +141,8 @@ class Template:
             role = messages[m].get("role")
             if m not in found and role != "assistant":
                 raise TemplateError(
-                    f"the chat template drops or rewrites the content of message {m} (role {role!r}); "
-                    "remove the message, or give a template that writes it (--chat-template FILE)"
+                    f"the chat template drops or rewrites the content of message {m} (role {role!r}); remove the "
+                    "message, or give a template that writes it (--chat-template FILE)"
                 )
         return sorted(spans, key=lambda span: (span.start, span.end))
 

@@ -147,6 +147,7 @@ class Evaluation:
                 "prompt": renderer.decode(sample.tokens[: sample.prompt_length]),
                 "completion": renderer.decode(sample.completion),
                 "reward": sample.reward,
+                "right": bool(right[q]),
                 "answer": sample.info.get("answer"),
                 "finish": sample.finish,
                 "sampled_right": [int(ok) for ok in tries[q]] if k else None,

@@ -1,7 +1,8 @@
 """How much better than expected: rewards become advantages.  Nothing here carries a gradient.
 
-Group formulas take `rewards [B]`, `group [B]` (equal within a group) and `live [B]` bool, the rows that were scored; rows that
-were not are left out of every statistic and get 0.  A group whose rewards are all equal, up to float noise, gets exactly 0.
+Group formulas take `rewards [B]`, `group [B]` (equal within a group) and `live [B]` bool, the rows that were scored;
+rows that were not are left out of every statistic and get 0.  A group whose rewards are all equal, up to float noise,
+gets exactly 0.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def group_zscore(rewards: Tensor, group: Tensor, live: Tensor | None = None, *, 
 def group_zscore_sample(rewards: Tensor, group: Tensor, live: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
     """`(r_i - mean_G) / (std_G + eps)`, sample standard deviation (divided by G - 1, as `torch.std`).  `[B] -> [B]`.
 
-    Source: GRPO, arXiv:2402.03300, equation 3; neither eps nor the divisor is printed there, and public code has this one.
+    Source: GRPO, arXiv:2402.03300, equation 3; neither eps nor the divisor is printed there, and public code has this
+    one.
     """
     return _zscore(rewards, group, live, eps=eps, freedom=1)
 
@@ -115,7 +117,9 @@ def rewards_less_kl(score: Tensor, kl: Tensor, mask: Tensor, *, beta: float) -> 
 
 
 def soft_overlong(lengths: Tensor, *, max_tokens: int, cache: int) -> Tensor:
-    """A penalty in [-1, 0] that grows over the last `cache` tokens before `max_tokens`, and is -1 beyond.  `[B] -> [B]`.
+    """A penalty in [-1, 0] that grows over the last `cache` tokens before `max_tokens`, and is -1 beyond.
+
+    `[B] -> [B]`.
 
     Args:
         lengths: `[B]`, tokens of each answer.

@@ -1,7 +1,8 @@
 """How far the policy is from a reference: estimators from one sampled token, and the exact sums over a vocabulary.
 
-In the estimators `d = logprob - reference`, of tokens that the policy wrote.  As values, E[k1] = E[k3] = KL(policy || reference).
-As losses their expected gradients differ: k1 none at all, k2 that of KL(policy || reference), k3 that of KL(reference || policy).
+In the estimators `d = logprob - reference`, of tokens that the policy wrote.  As values, E[k1] = E[k3] = KL(policy ||
+reference). As losses their expected gradients differ: k1 none at all, k2 that of KL(policy || reference), k3 that of
+KL(reference || policy).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which of two (or of K) answers is better: losses of margins, rankings and ratings, one value a pair or a prompt.
 
-Rows of a pair stand together: 2i is the chosen one, 2i + 1 the rejected.  `margin` is chosen minus rejected, `[P]`, P = B / 2.
+Rows of a pair stand together: 2i is the chosen one, 2i + 1 the rejected.  `margin` is chosen minus rejected, `[P]`, P
+= B / 2.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def all_pairs(rewards: Tensor) -> Tensor:
 
 
 def plackett_luce(rewards: Tensor) -> Tensor:
-    """`sum_k [logsumexp_{j >= k} r_j - r_k]` of a ranking, best first.  `[..., K] -> [...]`; for K = 2 it is `logistic`.
+    """`sum_k [logsumexp_{j >= k} r_j - r_k]` of a ranking, best first.
+
+    `[..., K] -> [...]`; for K = 2 it is `logistic`.
 
     Source: Zhu et al., arXiv:2301.11270, section 4.
     """
@@ -80,7 +83,10 @@ def present_squared_error(predictions: Tensor, ratings: Tensor) -> Tensor:
 
 
 def gated(rewards: Tensor, gate_logits: Tensor, *, temperature: float = 10.0, scale: float = 1.0) -> Tensor:
-    """`scale * softmax(gate / temperature) . rewards`.  `[..., J], [..., J] -> [...]`.  Source: ArmoRM, arXiv:2406.12845."""
+    """`scale * softmax(gate / temperature) . rewards`.  `[..., J], [..., J] -> [...]`.
+
+    Source: ArmoRM, arXiv:2406.12845.
+    """
     return scale * ((gate_logits / temperature).softmax(-1) * rewards).sum(-1)
 
 

@@ -25,7 +25,10 @@ def token_ratio(logprob: Tensor, old: Tensor, mask: Tensor) -> Tensor:
 
 
 def sequence_ratio(logprob: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    """`exp(mean over trained tokens of logprob_t - old_t)`.  `[B, T] -> [B]`.  Source: GSPO, arXiv:2507.18071, equation 7."""
+    """`exp(mean over trained tokens of logprob_t - old_t)`.  `[B, T] -> [B]`.
+
+    Source: GSPO, arXiv:2507.18071, equation 7.
+    """
     return sequence_average(log_ratio(logprob, old, mask), mask).clamp(-LARGEST, LARGEST).exp()
 
 

@@ -41,7 +41,10 @@ def token_sum(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def constant(length: float) -> Reduction:
-    """The token sum over rows x `length` (Dr. GRPO).  Weights `[B, T]`, count rows with a trained token times `length`."""
+    """The token sum over rows x `length` (Dr. GRPO).
+
+    Weights `[B, T]`, count rows with a trained token times `length`.
+    """
 
     def reduce(batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.mask.to(batch.logprobs.dtype), _live(batch).sum() * length

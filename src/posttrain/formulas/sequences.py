@@ -60,6 +60,9 @@ def reverse_discounted_sum(values: Tensor, mask: Tensor, discount: float) -> Ten
 
 
 def next_trained(values: Tensor, mask: Tensor) -> Tensor:
-    """The value at the next trained token of the row, strictly after t; 0 after the last.  `[B, T], [B, T] -> [B, T]`."""
+    """The value at the next trained token of the row, strictly after t; 0 after the last.
+
+    `[B, T], [B, T] -> [B, T]`.
+    """
     here_or_later = reverse_discounted_sum(values, mask, 0.0)
     return torch.nn.functional.pad(here_or_later[:, 1:], (0, 1))

@@ -1,7 +1,7 @@
 """The methods, by name: one file each.
 
-`METHODS` is a table of names; a class is imported when it is asked for, `info` reads its docstring without importing anything
-heavy.
+`METHODS` is a table of names; a class is imported when it is asked for, `info` reads its docstring without importing
+anything heavy.
 
 Example:
     >>> info("dpo").arxiv, info("dpo").family
@@ -27,6 +27,8 @@ METHODS: dict[str, str] = {
     "anchored_sft": "sft.asft_anchored:AnchoredSFT",
     "bradley_terry": "reward.reward_model:BradleyTerry",
     "cispo": "policy.cispo:CISPO",
+    "conservative_dpo": "preference.conservative_dpo:ConservativeDPO",
+    "cpo": "preference.cpo:CPO",
     "dapo": "policy.dapo:DAPO",
     "dft": "sft.dft:DFT",
     "dpo": "preference.dpo:DPO",
@@ -34,15 +36,23 @@ METHODS: dict[str, str] = {
     "exact_otr": "sft.otr:ExactOTR",
     "grpo": "policy.grpo:GRPO",
     "gspo": "policy.gspo:GSPO",
+    "hinge_dpo": "preference.hinge_dpo:HingeDPO",
     "ift": "sft.ift:IFT",
+    "ipo": "preference.ipo:IPO",
+    "kto": "preference.kto:KTO",
+    "length_normalised_dpo": "preference.length_normalised_dpo:LengthNormalisedDPO",
+    "orpo": "preference.orpo:ORPO",
     "otr": "sft.otr:OTR",
     "ppo": "policy.ppo:PPO",
+    "r_dpo": "preference.r_dpo:RDPO",
     "reinforce_pp": "policy.reinforce_pp:ReinforcePP",
     "reinforce_pp_baseline": "policy.reinforce_pp:ReinforcePPBaseline",
     "relift": "hybrid.relift:ReLIFT",
     "rloo": "policy.rloo:RLOO",
+    "robust_dpo": "preference.robust_dpo:RobustDPO",
     "sasr": "hybrid.sasr:SASR",
     "sft": "sft.sft:SFT",
+    "simpo": "preference.simpo:SimPO",
     "sstoken": "sft.sstoken:SsToken",
 }
 """Name to `family.file:Class`, sorted by name."""

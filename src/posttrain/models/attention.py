@@ -7,6 +7,7 @@ looks at what follows.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,7 +186,8 @@ def _varlen_kernel() -> Callable[..., Any] | None:
     except ImportError:
         return None
     kernel: Callable[..., Any] = varlen_attn
-    return kernel
+    takes = inspect.signature(kernel).parameters
+    return kernel if {"scale", "window_size"} <= takes.keys() else None
 
 
 def _varlen(q: Tensor) -> Callable[..., Any] | None:

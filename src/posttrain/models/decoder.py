@@ -97,7 +97,8 @@ class Decoder:
         """Rotary tables of some positions.
 
         The frequencies are the model's own module's, scaling included; for a float64 model the angles are worked out in
-        float64, where transformers stays in float32.
+        float64, where transformers stays in float32.  With the scalings "dynamic" and "longrope" the frequencies depend on
+        the largest position that is asked for together with it, as they do in transformers.
 
         Args:
             positions: `[n]` int64, `n >= 1`.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from posttrain.layout import Layout
@@ -47,8 +47,13 @@ class ForeignTrunk:
         tight = replace(layout, width=layout.longest, plans={})
         real = tight.scatter(torch.ones_like(layout.tokens))  # [B, t]
         inputs: dict[str, Any] = {"attention_mask": real}
-        inputs |= {name: tight.scatter(value) for name, value in layout.extra.items()}
-        if "position_ids" in inspect.signature(self._base.forward).parameters:
+        takes = inspect.signature(self._base.forward).parameters
+        for name, value in layout.extra.items():
+            if name not in takes:
+                kind = type(self._module).__name__
+                raise ConfigError(f"{kind} takes no input '{name}'{nearest(name, takes)}")
+            inputs[name] = tight.scatter(value)
+        if "position_ids" in takes:
             inputs["position_ids"] = tight.scatter(layout.positions)
         if embeddings is None:
             inputs["input_ids"] = tight.scatter(layout.tokens)

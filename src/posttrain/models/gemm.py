@@ -7,7 +7,7 @@ CPUs; `bf16` multiplies bfloat16 copies of float32 master weights and keeps ever
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -123,6 +123,20 @@ class Probe:
         return asdict(self)
 
 
+def settle(precision: Precision, *, recorded: Mapping[str, Any] | None = None) -> tuple[Precision, dict[str, Any]]:
+    """The precision to use where `precision` was asked for, and the record to save with the run.
+
+    "fast" asks a probe whether it is faster here, or repeats the choice that an earlier part of the run recorded; the
+    others are taken as they are.
+    """
+    if precision != "fast":
+        return precision, {"choice": precision}
+    if recorded is not None and "choice" in recorded:
+        return recorded["choice"], dict(recorded)
+    found = probe()
+    return found.choice, found.record()
+
+
 def probe(*, tokens: int = 256, width: int = 512, repeats: int = 5) -> Probe:
     """Which float32 product is faster here: `x [tokens, width] @ weight [width, width].T`, the best of `repeats`.
 
@@ -158,4 +172,5 @@ __all__ = [
     "linear_of",
     "onednn",
     "probe",
+    "settle",
 ]

@@ -153,6 +153,7 @@ def _base_of(folder: Path) -> str:
 
 def _module(found: Path | str, dtype: torch.dtype, device: torch.device, options: dict[str, Any], *, four_bit: bool) -> Any:
     """The transformers model, whole: weights that the file lacks are an error, not random numbers."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     settings = _config(found, options)
@@ -168,7 +169,7 @@ def _module(found: Path | str, dtype: torch.dtype, device: torch.device, options
                 **options,
                 **more,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as cause:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as cause:
         if isinstance(cause, ValueError) and "Unrecognized configuration class" in str(cause):
             raise ConfigError(f"{found} ({settings.model_type}) is not a causal language model") from cause
         raise CheckpointError(f"the weights of {found} could not be opened: {cause}") from cause
@@ -203,12 +204,26 @@ def _config(found: Path | str, options: dict[str, Any]) -> Any:
 
 
 def _tokenizer(found: Path | str, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        if _is_generic(found):
+            return PreTrainedTokenizerFast.from_pretrained(str(found), **options)
         return AutoTokenizer.from_pretrained(str(found), **options)
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise ConfigError(f"{found} has no tokenizer that can be opened (expected tokenizer.json): {cause}") from cause
+
+
+def _is_generic(found: Path | str) -> bool:
+    """Does a folder say that its tokenizer.json is all there is to its tokenizer?
+
+    AutoTokenizer asks the model's type too, and builds Qwen's own tokenizer for any Qwen2 model, whatever the folder holds.
+    """
+    if isinstance(found, str) or not (found / "tokenizer.json").is_file():
+        return False
+    settings = found / "tokenizer_config.json"
+    kind = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+    return kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def _template(source: str | Path) -> str:

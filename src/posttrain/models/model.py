@@ -124,7 +124,7 @@ class LanguageModel:
     @property
     def num_parameters(self) -> int:
         """The number of weights, trained or not, tied ones once, extra heads included."""
-        return sum(value.numel() for _, value in self.weights())
+        return sum(value.numel() for part in (self.module, self.heads) for value in part.parameters())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights and saved buffers by name, tied ones once, extra heads last as `heads.<head>.<part>`."""
@@ -135,7 +135,8 @@ class LanguageModel:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable weights by name, extra heads included."""
-        return {name: x for name, x in self.weights() if isinstance(x, nn.Parameter) and x.requires_grad}
+        own, heads = self.module.named_parameters(), self.heads.named_parameters(prefix="heads")
+        return {name: weight for part in (own, heads) for name, weight in part if weight.requires_grad}
 
     def fingerprint(self) -> str:
         """The sha256 of all weights with their names, dtypes and shapes, in hexadecimal."""

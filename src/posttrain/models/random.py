@@ -51,7 +51,7 @@ def random_model(family: str = "llama", *, seed: int = 0, dtype: str = "float32"
     settings = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = AutoModelForCausalLM.from_config(settings)
+        module = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
         with torch.no_grad():
             for name, weight in module.named_parameters():
                 spread = 0.3 if weight.ndim == 1 else 1.5 * weight.shape[-1] ** -0.5
@@ -59,7 +59,6 @@ def random_model(family: str = "llama", *, seed: int = 0, dtype: str = "float32"
                 weight.copy_(centre + spread * torch.randn(weight.shape))
                 if "embed" in name or "wte" in name or "wpe" in name:
                     weight.mul_(0.5)
-    module.to(getattr(torch, dtype))
     return LanguageModel(module, name=f"random {family}")
 
 

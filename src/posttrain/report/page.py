@@ -153,8 +153,9 @@ def _results(run: RunFolder) -> list[Results]:
             cards.append(Card(entry, unit, change, place == len(entries) - 1))
         known = [charts.Bar(e["model"], e["value"], e["low"], e["high"]) for e in entries if e["value"] is not None]
         title = f"{_words(metric)} on {_words(task)} ({_words(split)})"
+        title = title[:1].upper() + title[1:]
         chart = charts.bars(title, known, unit=unit) if known else None
-        found.append(Results(title[:1].upper() + title[1:], cards, unit, chart))
+        found.append(Results(title, cards, unit, chart))
     return found
 
 

@@ -83,7 +83,7 @@ class Process:
         """The verdicts on each unit, in order, as they arrive.
 
         A unit that the worker did not survive, or did not finish by the deadline, ends the iteration: its verdicts are
-        one `InfraError` or `Timeout`, and the worker is gone.
+        one `InfraError` or `Timeout`, and the worker is gone.  It also ends, early, after a unit that left too many children.
 
         Raises:
             LoadFailed: The function could not be loaded.
@@ -91,7 +91,7 @@ class Process:
         try:
             self._start()
             to_send = memoryview(b"".join(_line(unit) for unit in units))
-            for position, unit in enumerate(units):
+            for unit in units:
                 reply, to_send = self._exchange(to_send, self.reward.deadline, (1 << 20) + 30000 * len(unit))
                 verdicts = _verdicts(reply, len(unit))
                 if isinstance(verdicts, InfraError):
@@ -103,8 +103,6 @@ class Process:
                     self.stop()
                 yield verdicts
                 if crowded:
-                    if position + 1 < len(units):
-                        yield from self.judge(units[position + 1 :])
                     return
         except BaseException:  # also a generator closed half-way, or Ctrl-C: what is in the pipe is out of step
             self.stop()

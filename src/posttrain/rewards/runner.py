@@ -61,7 +61,7 @@ class RewardRunner:
         >>> with RewardRunner() as runner:
         ...     answer = Answer(text="<answer>7</answer>", info={"answer": "7"})
         ...     runner.judge(Reward("right", MathsExact()), [answer])[0]
-        [Score(value=1.0, reason='')]
+        [Score(reason='', value=1.0)]
 
     Args:
         workers: Processes a reward, started when first needed.

@@ -5,8 +5,8 @@ line. It writes one JSON line for each to `REPLY_FD`.  What the function prints 
 and bounds.
 
 What it isolates: the parent's memory, environment, standard streams and signals; time; memory a process; the size of a
-file; stray children.  What it does not: files that the user may read or write, the network, the number of processes.
-It is for functions that fail, not for programs that attack.
+file; stray children.  What it does not: files that the user may read or write, what the system shows of the user's other
+processes (`/proc`), the network, the number of processes.  It is for functions that fail, not for programs that attack.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -228,7 +228,9 @@ class _Call:
 
     def _begin(self, numbers: Sequence[int]) -> list[tuple[_Row, Prefix]]:
         """Draw the first token of some rows from their prompts' prefill; those that do not end with it."""
-        prefixes = [self._prefix(self.keys[number]) for number in numbers]
+        prefixes = [
+            self._prefix(self.keys[number], chain(numbers[place + 1 :], self.waiting)) for place, number in enumerate(numbers)
+        ]
         rows = [_Row(number, self.prompts[number], self.rooms[number]) for number in numbers]
         logits = torch.stack([prefix.logits for prefix in prefixes])  # [m, V]
         uniforms = None
@@ -240,12 +242,15 @@ class _Call:
         ended = [self._take(row, *values) for row, values in zip(rows, found, strict=True)]
         return [(row, prefix) for row, prefix, end in zip(rows, prefixes, ended, strict=True) if not end]
 
-    def _prefix(self, key: tuple[int, ...]) -> Prefix:
-        """What a row starts from; kept until the last row with these tokens has it."""
+    def _prefix(self, key: tuple[int, ...], others: Iterable[int]) -> Prefix:
+        """What a row starts from; kept until the last row with these tokens has it.
+
+        A prompt that was not read yet is read together with those of the rows `others` that fit into `AHEAD` tokens.
+        """
         if key not in self.read:
             chosen: dict[tuple[int, ...], None] = {key: None}
             total = len(key)
-            for number in () if self.sampler.exact else islice(self.waiting, 4 * self.slots):
+            for number in () if self.sampler.exact else islice(others, 4 * self.slots):
                 other = self.keys[number]
                 if other in self.read or other in chosen:
                     continue

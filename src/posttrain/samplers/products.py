@@ -35,9 +35,9 @@ ROWS = 32
 class Pieces:
     """A forward in pieces, like `Decoder`, with the layers bound."""
 
-    qkv: list[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]
+    qkv: Sequence[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]
     """`x [n, D], cos [n, d], sin [n, d] -> q [n, H, d], k [n, Kv, d], v [n, Kv, d]`, a layer."""
-    finish: list[Callable[[Tensor, Tensor], Tensor]]
+    finish: Sequence[Callable[[Tensor, Tensor], Tensor]]
     """`x [n, D], attended [n, H * d] -> [n, D]`, a layer."""
     head: Product
     """`[n, D] -> [n, V]`."""

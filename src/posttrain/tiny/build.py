@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.tiny.corpus import document
-from posttrain.tiny.tokens import train_tokenizer
+from posttrain.tiny.tokens import CHAT_TEMPLATE, train_tokenizer
 
 __all__ = ["Build", "build", "main"]
 
@@ -134,13 +134,29 @@ def learning_rate(peak: float, progress: float) -> float:
 
 def save(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any]) -> None:
     """Write the model in bf16 as a Hugging Face folder, with `facts` beside it; the training model stays as it is."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     tensors = model.state_dict().items()
     weights = {name: tensor.detach().bfloat16() for name, tensor in tensors if name != "lm_head.weight"}
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.config.dtype = torch.bfloat16
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128, do_sample=False
+    )
     model.save_pretrained(folder, state_dict=weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+    _portable_tokenizer(folder / "tokenizer_config.json")
     (folder / "build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _portable_tokenizer(path: Path) -> None:
+    """Write class name and chat template in the form that every reader of Hugging Face folders knows."""
+    config = json.loads(path.read_text())
+    config.update(tokenizer_class="PreTrainedTokenizerFast", chat_template=CHAT_TEMPLATE)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    (path.parent / "chat_template.jinja").unlink(missing_ok=True)
 
 
 class Trainer:
@@ -243,7 +259,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="wall-clock budget")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="wall-clock budget of training")
     parser.add_argument("--tokens", type=float, default=math.inf, help="token budget")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)

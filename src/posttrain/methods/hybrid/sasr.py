@@ -46,12 +46,13 @@ class SASR(Method):
 
         study with p = g_last / (g_last + gamma g_warm), else one GRPO step
 
-    g_last is the gradient norm (before clipping) of the last study step, g_warm the mean over the last steps of an SFT warm-up.
-    Rows are prompts with at least 2 answers each that also hold a demonstration (`completion`).  One optimiser is shared.
-    The source's code is not public: the rule is recalled from the paper, and the defaults of `warmup` and `gamma` are ours.
+    g_last is the gradient norm (before clipping) of the last study step, g_warm the mean over the last steps of an
+    SFT warm-up. Rows are prompts with at least 2 answers each that also hold a demonstration (`completion`).  One
+    optimiser is shared. The source's code is not public: the rule is recalled from the paper, and the defaults of
+    `warmup` and `gamma` are ours.
 
-    Source: "Step-wise Adaptive Integration of Supervised Fine-tuning and Reinforcement Learning for Task-Specific LLMs",
-    arXiv:2505.13026, section 3 (the switching rule).
+    Source: "Step-wise Adaptive Integration of Supervised Fine-tuning and Reinforcement Learning for Task-Specific
+    LLMs", arXiv:2505.13026, section 3 (the switching rule).
     """
 
     rows: ClassVar[Literal["demonstrations", "pairs", "prompts"]] = "prompts"

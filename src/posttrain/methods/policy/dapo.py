@@ -29,11 +29,12 @@ def instructive(rewards: Tensor, group: Tensor, live: Tensor) -> Tensor:
 class DAPO(Method):
     """Clip-higher, dynamic sampling, token-level loss and soft overlong punishment, without a KL term.
 
-        c_t = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), averaged over all tokens,   A = (r' - mean_G) / (std_G + e)
+        c_t = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), averaged over all tokens,   A = (r' - mean_G) / (std_G
+        + e)
 
-    r' is the reward plus a penalty in [-1, 0] over the last `cache` tokens before `max_tokens`.  Groups whose rewards (before the
-    penalty) are all equal are left out of the batch and its denominator.  Rows are prompts with at least 2 answers each.
-    Left out: sampling again until the batch is full; ask for more prompts a step instead.
+    r' is the reward plus a penalty in [-1, 0] over the last `cache` tokens before `max_tokens`.  Groups whose rewards
+    (before the penalty) are all equal are left out of the batch and its denominator.  Rows are prompts with at least
+    2 answers each. Left out: sampling again until the batch is full; ask for more prompts a step instead.
 
     Source: "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, equations 8, 11 and 13.
     """

@@ -64,11 +64,12 @@ class GRPO(Method):
 
         c_t = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A) + beta k3(pi || ref),   A = (r - mean_G) / (std_G + e)
 
-    averaged over each answer's tokens, then over answers.  Rows are prompts with at least 2 answers each.  The paper gives neither e
-    nor the divisor of the deviation: `advantage` is a function of `formulas.advantages` (default: G - 1 and 1e-6).
-    Left out: process rewards and iterated reward models.
+    averaged over each answer's tokens, then over answers.  Rows are prompts with at least 2 answers each.  The paper
+    gives neither e nor the divisor of the deviation: `advantage` is a function of `formulas.advantages` (default: G -
+    1 and 1e-6). Left out: process rewards and iterated reward models.
 
-    Source: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", arXiv:2402.03300, equation 3.
+    Source: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", arXiv:2402.03300,
+    equation 3.
     """
 
     rows: ClassVar[Literal["demonstrations", "pairs", "prompts"]] = "prompts"

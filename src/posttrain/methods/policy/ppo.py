@@ -39,12 +39,13 @@ class PPO(Method):
         R_t = -beta (log old_t - log ref_t), plus r at the last token;   A = whiten(GAE(R, V))
         c_t = -min(rho_t A_t, clip(rho_t) A_t) + vf 0.5 max((v - G)^2, (clip(v, old v) - G)^2)
 
-    averaged over all tokens.  Rows are prompts; one answer each is enough.  Models: the policy, a `critic` with a value head and,
-    where beta is above 0, the `reference`.  The value after the last token is 0, also where an answer was cut.
-    The pretraining mix (PPO-ptx) is `with_pretraining`.  Left out: reward whitening, weight averaging.
+    averaged over all tokens.  Rows are prompts; one answer each is enough.  Models: the policy, a `critic` with a
+    value head and, where beta is above 0, the `reference`.  The value after the last token is 0, also where an answer
+    was cut. The pretraining mix (PPO-ptx) is `with_pretraining`.  Left out: reward whitening, weight averaging.
 
     Source: "Training language models to follow instructions with human feedback", arXiv:2203.02155, equation 2 and
-    appendix C.4; lambda, value clip, vf and the adaptive KL from openai/lm-human-preferences, which the paper builds on.
+    appendix C.4; lambda, value clip, vf and the adaptive KL from openai/lm-human-preferences, which the paper builds
+    on.
     """
 
     rows: ClassVar[Literal["demonstrations", "pairs", "prompts"]] = "prompts"

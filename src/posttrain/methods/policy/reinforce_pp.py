@@ -21,7 +21,10 @@ from posttrain.types import Batch, Readings, State, Term, View
 
 
 def discounted_returns(score: Tensor, kl: Tensor, mask: Tensor, *, beta: float, gamma: float) -> Tensor:
-    """What is still to come from each trained token on: the row's score at its end, less beta times the KL.  `[B, T]`."""
+    """What is still to come from each trained token on: the row's score at its end, less beta times the KL.
+
+    `[B, T]`.
+    """
     rewards = rewards_less_kl(score, kl, mask, beta=beta)
     return torch.where(mask, reverse_discounted_sum(rewards, mask, gamma), 0)
 

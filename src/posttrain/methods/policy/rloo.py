@@ -25,7 +25,8 @@ class RLOO(Method):
 
         L = -A sum_t log pi(y_t),   A = r' - mean of the others' r',   r' = r - beta sum_t (log old(y_t) - log ref(y_t))
 
-    averaged over answers.  Rows are prompts with at least 2 answers each.  There is no importance ratio: make one update a batch.
+    averaged over answers.  Rows are prompts with at least 2 answers each.  There is no importance ratio: make one
+    update a batch.
 
     Source: "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
     arXiv:2402.14740, equation 9.

@@ -46,7 +46,8 @@ class DPO(Method):
     Rows come in pairs: row 2i is chosen, row 2i + 1 rejected.  One value a pair.
     Left out: label smoothing (`conservative_dpo`, `robust_dpo`) and length terms (`length_normalised_dpo`, `r_dpo`).
 
-    Source: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", arXiv:2305.18290, equation 7.
+    Source: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", arXiv:2305.18290,
+    equation 7.
     """
 
     rows: ClassVar[Literal["demonstrations", "pairs", "prompts"]] = "pairs"

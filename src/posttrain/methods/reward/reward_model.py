@@ -20,12 +20,13 @@ from posttrain.types import Batch, Readings, State, Term, View
 class BradleyTerry(Method):
     """The better answer scores higher, by the logistic model of paired comparison.
 
-        L = -p log sigmoid(d) - (1 - p) log sigmoid(-d),   d = r_chosen - r_rejected - m,   plus eta (r_chosen + r_rejected)^2
+        L = -p log sigmoid(d) - (1 - p) log sigmoid(-d),   d = r_chosen - r_rejected - m,   plus eta (r_chosen +
+        r_rejected)^2
 
-    Rows come in pairs: row 2i is chosen, row 2i + 1 rejected; the reward is read at the last token of each row, from the model's
-    reward head.  A row's columns may bring `margin` (m, default 0) and `preference` (p, default 1: the share of judges that
-    prefer the chosen one); a pair's columns are read on its chosen row.
-    Rankings of K answers: `formulas.preferences.all_pairs` and `plackett_luce`.
+    Rows come in pairs: row 2i is chosen, row 2i + 1 rejected; the reward is read at the last token of each row, from
+    the model's reward head.  A row's columns may bring `margin` (m, default 0) and `preference` (p, default 1: the
+    share of judges that prefer the chosen one); a pair's columns are read on its chosen row. Rankings of K answers:
+    `formulas.preferences.all_pairs` and `plackett_luce`.
 
     Source: "Training language models to follow instructions with human feedback", arXiv:2203.02155, equation 1;
     margin from Llama 2, arXiv:2307.09288, equation 2; centring from "Helping or Herding?", arXiv:2312.09244.

@@ -26,8 +26,8 @@ class DFT(Method):
 
         l_t = -sg[pi(y_t)] log pi(y_t)
 
-    Its gradient is that of minus the mean probability of the demonstrated tokens, so its optimum is the data's mode, not
-    its distribution.  Rows are demonstrations.
+    Its gradient is that of minus the mean probability of the demonstrated tokens, so its optimum is the data's mode,
+    not its distribution.  Rows are demonstrations.
 
     Source: "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
     arXiv:2508.05629, equation 9 (the token form).

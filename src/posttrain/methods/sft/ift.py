@@ -64,7 +64,10 @@ def literal(nll: Tensor, mask: Tensor, decay: float) -> Tensor:
 
 
 def mixed_embeddings(embed: Embed, batch: Batch, seen: Readings, *, lam: float) -> Tensor:
-    """`(1 - lambda) E[x_t] + lambda E[guess_t]` at trained tokens, `E[x_t]` elsewhere; no gradient to E.  `[B, T, D]`."""
+    """`(1 - lambda) E[x_t] + lambda E[guess_t]` at trained tokens, `E[x_t]` elsewhere; no gradient to E.
+
+    `[B, T, D]`.
+    """
     gold = embed(batch.tokens).detach()
     if not batch.training:
         return gold
@@ -78,10 +81,10 @@ class IFT(Method):
 
         e_t = (1 - lambda) E[y_t] + lambda E[argmax pi(. | y_<t)],   l_t = w_t (-log pi(y_t | e_<t))
 
-    Two forwards, one of them without gradients; the input embeddings get no gradient (tied weights still learn through the
-    head).  The weights are those of the public code; the paper's printed double sum is `relation=literal`.
-    Left out: the mask and log-probability variants of the weights, and the schedule and disturbance of lambda; see
-    TsinghuaC3I/Intuitive-Fine-Tuning.  Rows are demonstrations.
+    Two forwards, one of them without gradients; the input embeddings get no gradient (tied weights still learn
+    through the head).  The weights are those of the public code; the paper's printed double sum is
+    `relation=literal`. Left out: the mask and log-probability variants of the weights, and the schedule and
+    disturbance of lambda; see TsinghuaC3I/Intuitive-Fine-Tuning.  Rows are demonstrations.
 
     Source: "Intuitive Fine-Tuning: Towards Simplifying Alignment into a Single Process", arXiv:2405.11870, section 4.
     """

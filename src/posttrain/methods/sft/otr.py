@@ -48,12 +48,12 @@ class OTR(Method):
 
         l_t = -1/K sum_j sg[R(a_j, y_t)] log pi(a_j),   a_j ~ softmax(logits / kappa),   R = 1 if a = y_t else beta
 
-    At kappa = 1 its expected gradient is (1 - beta) times that of DFT.  No importance ratio is applied, as in the source.
-    Draws are keyed by (seed, step, index, position), so that a recompute draws the same.  The loss may be negative and does not
-    measure progress; `hit_rate` does.  Rows are demonstrations.
+    At kappa = 1 its expected gradient is (1 - beta) times that of DFT.  No importance ratio is applied, as in the
+    source. Draws are keyed by (seed, step, index, position), so that a recompute draws the same.  The loss may be
+    negative and does not measure progress; `hit_rate` does.  Rows are demonstrations.
 
-    Source: "One-Token Rollout: Guiding Supervised Fine-Tuning of LLMs with Policy Gradient", arXiv:2509.26313, equation 8
-    (its number and the default of beta are from memory).
+    Source: "One-Token Rollout: Guiding Supervised Fine-Tuning of LLMs with Policy Gradient", arXiv:2509.26313,
+    equation 8 (its number and the default of beta are from memory).
     """
 
     num_samples: int = 256

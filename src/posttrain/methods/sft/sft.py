@@ -17,7 +17,7 @@ from posttrain.random import NOISE, uniform
 from posttrain.types import Batch, Embed, Readings, Reduction, State, Term, View
 
 
-def noisy_embeddings(embed: Embed, batch: Batch, seen: Readings, *, alpha: float) -> Tensor:
+def noisy_embeddings(embed: Embed, batch: Batch, seen: Readings, *, alpha: float) -> Tensor:  # noqa: ARG001
     """`E + alpha / sqrt(L d) * U(-1, 1)`, L the real length of each row; no noise on padding or in evaluation.
 
     `[B, T, D]`.  The noise is keyed by (seed, step, index, position): cutting or padding the batch changes nothing.
@@ -41,7 +41,8 @@ class SFT(Method):
         l_t = -(1 - e) log pi(y_t) - e mean_v log pi(v)
 
     Rows are demonstrations; only trained tokens (completions, with the token that ends them) cost anything.
-    The reduction says who weighs the same: tokens (`token_mean`), rows (`sequence_mean`) or likelihoods (`sequence_sum_mean`).
+    The reduction says who weighs the same: tokens (`token_mean`), rows (`sequence_mean`) or likelihoods
+    (`sequence_sum_mean`).
 
     Source: "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv:2310.05914, algorithm 1, for the noise;
     label smoothing as in Szegedy et al., arXiv:1512.00567, equation 7, the true class included in the uniform part.

@@ -17,14 +17,20 @@ from posttrain.types import Batch, Readings, Reduction, State, Term, View
 
 
 def normalised(values: Tensor, mask: Tensor) -> Tensor:
-    """`(x - min) / (max - min + 1e-8)` along each row, over trained tokens; a constant row gives 0.  `[B, T] -> [B, T]`."""
+    """`(x - min) / (max - min + 1e-8)` along each row, over trained tokens; a constant row gives 0.
+
+    `[B, T] -> [B, T]`.
+    """
     low = torch.where(mask, values, torch.inf).amin(-1, keepdim=True)
     high = torch.where(mask, values, -torch.inf).amax(-1, keepdim=True)
     return torch.where(mask, (values - low) / (high - low + 1e-8), 0)
 
 
 def kept(scores: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The `ceil(share * n)` best trained tokens of each row, at least 1; ties go to the earlier.  `[B, T] -> [B, T]` bool."""
+    """The `ceil(share * n)` best trained tokens of each row, at least 1; ties go to the earlier.
+
+    `[B, T] -> [B, T]` bool.
+    """
     count = (mask.sum(-1).double() * share - 1e-9).ceil().clamp(min=1)  # [B]
     order = torch.where(mask, scores, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(mask.shape[1], device=mask.device).expand_as(order))
@@ -37,9 +43,9 @@ class SsToken(Method):
 
         score_t = gamma N(log pi(y_t) - log pi_history(y_t)) + (1 - gamma) attention_t
 
-    The history model is the run's `reference` (the start).  Attention is the mass that token t as query gives to untrained tokens
-    before it, mean over heads of one layer.  Dropped tokens stay in the context.  Rows are demonstrations.
-    Left out: a moving-average history; see jianke0604/ssToken.
+    The history model is the run's `reference` (the start).  Attention is the mass that token t as query gives to
+    untrained tokens before it, mean over heads of one layer.  Dropped tokens stay in the context.  Rows are
+    demonstrations. Left out: a moving-average history; see jianke0604/ssToken.
 
     Source: "ssToken: Self-modulated and Semantic-aware Token Selection for LLM Fine-tuning", arXiv:2510.18250,
     equations 3 to 11.

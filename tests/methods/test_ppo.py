@@ -1,0 +1,174 @@
+"""PPO by hand: token rewards, advantages, both clips, the adaptive KL weight, and its optimum."""
+
+import math
+
+import pytest
+import torch
+from build import close, make_batch, objective, spread, trained
+
+from posttrain.errors import ConfigError
+from posttrain.methods.policy.ppo import PPO, adapted, with_pretraining
+from posttrain.types import Readings, State
+
+
+def rollout(*, padding: int = 0, score: float = 1.0):
+    batch = make_batch([3], padding=padding, rewards=[score])
+    old = spread(batch, [[-1.0, -0.5, -2.0]], elsewhere=math.nan)
+    return batch, Readings.of(
+        old={"logprob": old},
+        reference={"logprob": spread(batch, [[-1.2, -0.4, -1.5]])},
+        old_critic={"value": spread(batch, [[0.5, 0.6, 0.7]], elsewhere=math.inf)},
+    )
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_credit(padding) -> None:
+    batch, seen = rollout(padding=padding)
+    credited = PPO(beta=0.1).credit(batch, seen, State())
+    close(trained(batch, credited.returns), [[1.000375, 1.0425, 1.05]], 1e-9)  # from advantages before whitening
+    close(trained(batch, credited.advantages), [[1.120880, 0.186365, -1.307245]])
+    assert (credited.advantages[~batch.mask] == 0).all()
+    close(credited.columns["kl"], [0.2 - 0.1 - 0.5])
+    longer = PPO(beta=0.1, lam=1.0).credit(batch, seen, State())
+    close(trained(batch, longer.returns - spread(batch, [[0.5, 0.6, 0.7]])), [[0.54, 0.46, 0.35]], 1e-9)
+
+
+def test_a_constant_shift_of_the_score_is_whitened_away_at_lambda_one() -> None:
+    batch, seen = rollout()
+    other, more = rollout(score=4.0)
+    method = PPO(beta=0.1, lam=1.0)
+    close(method.credit(other, more, State()).advantages, method.credit(batch, seen, State()).advantages, 1e-9)
+
+
+def update(*, logprob, old, values, old_values, advantages, returns, method: PPO):
+    batch = make_batch([len(logprob)])
+    batch = batch.with_(advantages=spread(batch, [advantages]), returns=spread(batch, [returns]))
+    now = spread(batch, [logprob], elsewhere=math.nan).requires_grad_()
+    value = spread(batch, [values], elsewhere=math.nan).requires_grad_()
+    seen = Readings.of(
+        policy={"logprob": now, "entropy": torch.zeros_like(now)},
+        old={"logprob": spread(batch, [old])},
+        critic={"value": value},
+        old_critic={"value": spread(batch, [old_values])},
+    )
+    loss = objective(method, batch.with_columns(kl=torch.zeros(1, dtype=torch.float64)), seen)
+    loss.backward()
+    return loss, now.grad[0, 1:], value.grad[0, 1:]
+
+
+def test_policy_clip() -> None:
+    loss, gradient, _ = update(
+        logprob=[math.log(x) for x in (1.3, 1.3, 0.7, 0.7)],
+        old=[0.0] * 4,
+        values=[0.0] * 4,
+        old_values=[0.0] * 4,
+        advantages=[1.0, -1.0, 1.0, -1.0],
+        returns=[0.0] * 4,
+        method=PPO(),
+    )
+    close(loss, 0.05)  # (-1.2 + 1.3 - 0.7 + 0.8) / 4
+    close(gradient, [0, 0.325, -0.175, 0])
+
+
+def test_value_clip() -> None:
+    for value, cost, slope in ((0.9, 0.045, 0.0), (0.1, 0.405, -0.9)):
+        loss, _, gradient = update(
+            logprob=[-1.0], old=[-1.0], values=[value], old_values=[0.5], advantages=[0.0], returns=[1.0], method=PPO(vf=1.0)
+        )
+        close(loss, cost)
+        close(gradient, [slope])
+
+
+def test_first_update_is_reinforce_with_a_baseline() -> None:
+    _, gradient, _ = update(
+        logprob=[-1.0, -0.5],
+        old=[-1.0, -0.5],
+        values=[0.0] * 2,
+        old_values=[0.0] * 2,
+        advantages=[0.8, -1.5],
+        returns=[0.0] * 2,
+        method=PPO(),
+    )
+    close(gradient, [-0.4, 0.75])  # -A / 2
+
+
+def test_equal_policy_and_reference_cost_nothing() -> None:
+    batch, seen = rollout(score=0.0)
+    same = Readings.of(
+        old={"logprob": seen.old.logprob},
+        reference={"logprob": seen.old.logprob},
+        old_critic={"value": torch.zeros_like(batch.logprobs)},
+    )
+    credited = PPO().credit(batch, same, State())
+    assert (credited.returns == 0).all()
+    assert (credited.advantages == 0).all()
+
+
+@pytest.mark.parametrize(("kl", "wanted"), [(7.2, 0.201024), (30.0, 0.201024), (6.3, 0.200256), (3.0, 0.198976)])
+def test_adaptive_weight(kl, wanted) -> None:
+    close(adapted(0.2, kl, target=6.0, horizon=10000.0, num_samples=256), wanted)
+
+
+def test_adaptive_weight_is_remembered_and_used() -> None:
+    method = PPO(beta=0.2, target_kl=6.0)
+    batch = make_batch([2] * 256).with_columns(kl=torch.full((256,), 6.3, dtype=torch.float64))
+    memory = method.remember(State(memory=method.begin()), batch, {})
+    close(memory["beta"], 0.200256)
+    close(method.beta_at(State(memory=memory)), 0.200256)
+    plain, seen = rollout()
+    stiff = method.credit(plain, seen, State(memory={"beta": 0.1}))
+    close(trained(plain, stiff.returns), [[1.000375, 1.0425, 1.05]], 1e-9)
+    assert PPO().begin() == {}
+
+
+@pytest.mark.parametrize(
+    ("beta", "policy", "value"),
+    [
+        (1.0, [0.303909, 0.495666, 0.200425], 0.497879),
+        (0.5, [0.153357, 0.679897, 0.166747], 0.590921),
+        (0.1, [0.000075, 0.995453, 0.004472], None),
+    ],
+)
+def test_optimum_of_a_bandit(beta, policy, value) -> None:
+    # The objective that credit states, E[r - beta (log pi - log ref)], followed exactly on three one-token answers.
+    r = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
+    reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    batch = make_batch([1] * 3, prompt=0, rewards=r.tolist())
+    logits = reference.log()
+    method = PPO(beta=beta, lam=1.0)
+    for _ in range(400):
+        old = logits.log_softmax(-1)
+        zero = torch.zeros(3, 1, dtype=torch.float64)
+        seen = Readings.of(
+            old={"logprob": old[:, None]}, reference={"logprob": reference.log()[:, None]}, old_critic={"value": zero}
+        )
+        credited = method.credit(batch, seen, State())
+        now = logits.clone().requires_grad_()
+        live = {"logprob": now.log_softmax(-1)[:, None], "entropy": zero}
+        loss = method.loss(
+            credited.with_(advantages=credited.returns),  # no whitening: exact gradients
+            Readings.of(policy=live, old=seen.old.values, critic={"value": zero}, old_critic={"value": zero}),
+            State(),
+        )["loss"]
+        (gradient,) = torch.autograd.grad((old.exp()[:, None] * loss).sum(), now)
+        logits = (logits - gradient / old.exp()).detach()  # the natural gradient: the same optimum, sooner
+    close(logits.softmax(-1), policy)
+    if value:
+        p = logits.softmax(-1)
+        close((p * (r - beta * (p / reference).log())).sum(), value)
+
+
+def test_pretraining_is_one_more_part() -> None:
+    parts = with_pretraining(PPO()).parts()
+    assert parts["ptx"].weight == 27.8
+    assert parts["ptx"].data == "pretraining"
+    assert with_pretraining(PPO(), weight=0).parts()["ptx"].weight_at(State()) == 0
+
+
+def test_views_follow_the_settings() -> None:
+    assert "reference" not in PPO(beta=0).views()
+    assert not PPO(beta=0).views()["old"].credit
+    assert PPO().views()["old"].credit
+    assert PPO.trains == ("policy", "critic")
+    with pytest.raises(ConfigError, match="target_kl"):
+        PPO(beta=0, target_kl=6.0)
