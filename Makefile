@@ -38,7 +38,7 @@ bench: $(VENV)/.dev  ## against TRL on the same model, data and mathematics, in 
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.base  ## the table of methods, from the code
-	$(BIN)/python -m docs.tables
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from posttrain.distributed.world import World
 
 
+def renderer_of(model: Any, tokenizer: Any) -> Renderer:
+    """The one renderer of a model: its template, and every token that its generation settings stop at."""
+    from posttrain.data.chat import Renderer
+
+    return Renderer(tokenizer, generation_config=getattr(model.module, "generation_config", None))
+
+
 def row_identity(row: Row, number: int) -> str:
     """What a row is called in samples and reports: its id, else where it came from, else its number."""
     return str(row.get("id") or row.get("_source") or f"row-{number}")
@@ -64,7 +71,7 @@ class Desk:
             name, columns = row_identity(row, number), dict(row.get("columns", {}))
             for sample in self.demonstrations(row):
                 samples.append(
-                    replace(sample, group=f"{self.step}/{number}", query=name, info=_info(row), columns=columns)
+                    replace(sample, group=f"{self.step}/{number}", query=name, info={**sample.info, **_info(row)}, columns=columns)
                 )
         self._spent("render", began)
         return self._number(samples)
@@ -84,7 +91,7 @@ class Desk:
             name, columns = row_identity(row, number), dict(row.get("columns", {}))
             for sample in self.renderer.pair(row):
                 samples.append(
-                    replace(sample, group=f"{self.step}/{number}", query=name, info=_info(row), columns=columns)
+                    replace(sample, group=f"{self.step}/{number}", query=name, info={**sample.info, **_info(row)}, columns=columns)
                 )
         self._spent("render", began)
         return self._number(samples)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from posttrain.data.colour import coloured
 from posttrain.distributed.world import World
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.experience import Desk
 from posttrain.method import Method
 from posttrain.step import Stepper
@@ -40,6 +42,26 @@ def build_steppers(run: Run, models: Mapping[str, Any], steps: int) -> dict[str,
             settings = part.optimizer if part.optimizer.lr is not None else replace(part.optimizer, lr=out[""].settings.lr)
             out[name] = Stepper(settings, parameters, steps)
     return out
+
+
+def refuse_changed(out: Path, settings: Mapping[str, Any], *, free: Sequence[str]) -> None:
+    """Refuse to go on in a folder whose saves were made with other settings, and name those.
+
+    Raises:
+        CheckpointError: With each changed setting, before and now.
+    """
+    record = out / "run.json"
+    if not (record.is_file() and any((out / "state").glob("step-*"))):
+        return
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # the saves themselves are compared next
+    changed = [f"{key} was {before.get(key)!r} and is {value!r}" for key, value in settings.items() if key not in free and before.get(key) != value]
+    if changed:
+        raise CheckpointError(
+            f"{out} holds the saves of another run: {'; '.join(changed)}. Go back to its settings, or choose another folder"
+        )
 
 
 def show_samples(samples: Sequence[Sample], tokenizer: Any, console: Console | None = None) -> None:

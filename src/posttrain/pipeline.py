@@ -130,9 +130,9 @@ class Pipeline:
             found = load_rows(spec.file, rename=spec.rename, split=spec.hub_split, limit=spec.count)
         else:
             lines = (self.out / str(spec.stage) / "rows" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-            found = [json.loads(line) for line in lines][: spec.count]
+            found = [json.loads(line) for line in lines if line][: spec.count]
         if not found:
-            raise DataError(f"{what}: the data is empty")
+            raise DataError(f"{what}: the data is empty" + (f"; stage '{spec.stage}' kept no sample" if spec.stage else ""))
         return found
 
     def task(self, what: str) -> Any:
@@ -153,7 +153,7 @@ class Pipeline:
         """The rewards of a stage: the task's own unless it names some."""
         if not stage.rewards:
             return tuple(self.task(stage.name).rewards)
-        from posttrain.rewards import named_rewards
+        from posttrain.rewards.named import named_rewards
 
         return named_rewards(stage.rewards, task=self.task(stage.name) if self.recipe.task else None)
 
@@ -226,6 +226,8 @@ class Pipeline:
             from posttrain.models.lora import Lora
 
             extra["lora"] = build(Lora, settings.pop("lora"), what="lora")
+        if settings.get("evaluate_every") and self.recipe.task is not None:
+            extra["evaluation"] = validation(self.task(stage.name), self.recipe.seed)
         return build(
             Run,
             {
@@ -237,6 +239,7 @@ class Pipeline:
                 "data": rows,
                 "out": str(folder),
                 "rewards": self.rewards(stage) if samples else (),
+                "verdicts": dict(self.task(stage.name).values) if samples and self.recipe.task is not None else {},
                 "sampling": build(Sampling, sampling, what="sampling"),
                 "optimizer": build(Optimizer, dict(settings.pop("optimizer", {})), what="optimizer"),
                 "quiet": self.quiet,
@@ -250,8 +253,7 @@ class Pipeline:
 
     def _sample(self, stage: StageSpec, folder: Path) -> dict[str, float]:
         """Write the start's answers to prompts, judged, as rows to train on."""
-        from posttrain.data.chat import Renderer
-        from posttrain.experience import Desk
+        from posttrain.experience import Desk, renderer_of
         from posttrain.models.load import load
         from posttrain.rewards.runner import RewardRunner
         from posttrain.rewards.judging import score
@@ -260,7 +262,7 @@ class Pipeline:
         if not isinstance(stage.data, DataSpec):
             raise ConfigError(f"stage '{stage.name}' samples answers to one data set; name it under data")
         model, tokenizer = load(self.folder_of(stage.start))
-        renderer = Renderer(tokenizer)
+        renderer = renderer_of(model, tokenizer)
         sampler = NativeSampler(model, tokenizer, stop_tokens=renderer.stop_tokens)
         options = {"max_tokens": self.task(stage.name).max_tokens, **stage.run.get("sampling", {})}
         desk = Desk(renderer, sampler, build(Sampling, options), stage.samples, self.recipe.seed, 0, World())
@@ -289,7 +291,7 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------ evaluations
 
     def _evaluation(self, spec: EvaluateSpec, name: str) -> list[dict[str, Any]]:
-        from posttrain.data.chat import Renderer
+        from posttrain.experience import renderer_of
         from posttrain.models.load import load
 
         task = self.task("evaluate")
@@ -303,6 +305,7 @@ class Pipeline:
             task=task.name,
             rows=list(task.rows(spec.split, spec.count, spec.seed)),
             rewards=tuple(task.rewards),
+            verdicts=task.values,
             split=spec.split,
             samples=spec.samples,
             max_tokens=spec.max_tokens or task.max_tokens,
@@ -310,7 +313,7 @@ class Pipeline:
         )
         model, tokenizer = load(self.folder_of(name))
         with _progress(f"evaluate {name}", quiet=self.quiet) as progress:
-            outcome = evaluation.of(model, tokenizer, Renderer(tokenizer), model_name=name, progress=progress)
+            outcome = evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
         make_folders(path.parent)
         lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in outcome.records)
         atomic_write(path.with_suffix(".jsonl"), lines + "\n")
@@ -324,6 +327,20 @@ class Pipeline:
             print(text, file=sys.stderr)
 
 
+def validation(task: Any, seed: int, *, count: int = 100) -> Evaluation:
+    """What `evaluate_every` watches: greedy answers to questions of the task's validation split, of its last where it has none."""
+    split = "validation" if "validation" in task.splits else task.splits[-1]
+    return Evaluation(
+        task=task.name,
+        rows=list(task.rows(split, count, seed)),
+        rewards=tuple(task.rewards),
+        verdicts=task.values,
+        split=split,
+        max_tokens=task.max_tokens,
+        seed=seed,
+    )
+
+
 def build_method(name: str, options: Mapping[str, Any]) -> Method:
     """A method by name, or a user's own as `file.py:Class`, from its fields.
 
@@ -335,7 +352,9 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
     if ".py:" in name:
         from posttrain.rewards.reference import load_file
 
-        file, _, attribute = name.partition(":")
+        file, _, attribute = name.rpartition(":")
+        if not Path(file).is_file():
+            raise ConfigError(f"there is no file {file} that could hold the method '{attribute}'")
         cls = getattr(load_file(file), attribute, None)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise ConfigError(f"{file} has no Method called '{attribute}'; expected a class that derives from posttrain.Method")

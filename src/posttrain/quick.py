@@ -97,7 +97,7 @@ def training_run(
     from posttrain.methods import method as method_named
     from posttrain.models.lora import Lora
     from posttrain.pipeline import build_method
-    from posttrain.rewards import load_reward
+    from posttrain.rewards.named import named_rewards
 
     values = parsed(settings)
     cls = type(build_method(name, {})) if ".py:" in name else method_named(name)
@@ -115,7 +115,9 @@ def training_run(
         rows = load_rows(str(data), rename=renamed(rename), limit=count)
         for part in method.parts().values():
             need(rows, part.method.rows, name)
-    judged = tuple(load_reward(spec) for spec in rewards) or (tuple(given.rewards) if given is not None and samples else ())
+    judged = tuple(given.rewards) if given is not None and samples else ()
+    if rewards:
+        judged = named_rewards(rewards, task=given)
     sampling = {**({"max_tokens": given.max_tokens} if given is not None else {}), **parts["sampling"]}
     return build(
         Run,
@@ -126,6 +128,7 @@ def training_run(
             "data": rows,
             "out": str(out),
             "rewards": judged,
+            "verdicts": dict(given.values) if given is not None else {},
             "sampling": build(Sampling, sampling, what="sampling"),
             "optimizer": build(Optimizer, parts["optimizer"], what="optimizer"),
             "lora": build(Lora, parts["lora"], what="lora") if lora else None,
@@ -137,11 +140,11 @@ def training_run(
 
 def opened(model: str) -> tuple[Any, Any, Any]:
     """A model, its tokenizer and the renderer over it."""
-    from posttrain.data.chat import Renderer
+    from posttrain.experience import renderer_of
     from posttrain.models.load import load
 
     loaded, tokenizer = load(model)
-    return loaded, tokenizer, Renderer(tokenizer)
+    return loaded, tokenizer, renderer_of(loaded, tokenizer)
 
 
 def write_samples(
@@ -204,6 +207,7 @@ def evaluated(*, model: str, task: str, data: str | None, count: int | None, sam
         task=given.name,
         rows=list(given.rows(split, count, seed)),
         rewards=tuple(given.rewards),
+        verdicts=given.values,
         split=split,
         samples=samples,
         max_tokens=given.max_tokens,

@@ -67,8 +67,7 @@ def _divergence(logits: Tensor, at: At, *, formula: Any) -> Tensor:
 
 
 def _scalar(model: Any, hidden: Tensor, head: str) -> Tensor:
-    layer = model.heads[head]
-    out = layer(hidden.to(next(layer.parameters()).dtype)).squeeze(-1)
+    out = model.heads[head](hidden).reshape(hidden.shape[:-1])  # [n, D] -> [n], whether the head gives [n] or [n, 1]
     return out if out.dtype == torch.float64 else out.float()
 
 

@@ -36,6 +36,8 @@ class Run:
     """The run folder; running again continues there."""
     rewards: tuple[Reward, ...] = ()
     """What scores samples, for methods that sample."""
+    verdicts: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of verdicts that differ from 0, for instance {"Wrong": -1.0}; a task brings its own."""
     models: Mapping[str, str | Path] = field(default_factory=dict)
     """Other models by name (reference, critic, reward, teacher); a reference left out is the start itself."""
     steps: int | None = None
@@ -96,6 +98,10 @@ class Run:
             raise ConfigError(f"steps is {self.steps}; expected at least 1 (leave it out to go by epochs)")
         if self.steps is None and self.epochs <= 0:
             raise ConfigError(f"epochs is {self.epochs}; expected more than 0")
+        if not self.sets():
+            raise ConfigError("data names no set of rows; expected rows, or at least one named set")
+        if self.evaluate_every and self.evaluation is None:
+            raise ConfigError(f"evaluate_every is {self.evaluate_every} and there is nothing to evaluate; give an evaluation (or a task)")
         object.__setattr__(self, "rewards", tuple(self.rewards))
         sampled = [part.method for part in self.method.parts().values() if part.method.rows == "prompts"]
         if sampled and not self.rewards:
@@ -162,10 +168,10 @@ def train(run: Run, *, world: World | None = None) -> Result:
 
 def resolved(run: Run) -> dict[str, Any]:
     """The run as JSON values: what is saved beside the results, and what a checkpoint is checked against."""
-    from posttrain.resolve import plain
+    from posttrain.resolve import digest, plain
 
     values = {name: getattr(run, name) for name in run.__dataclass_fields__ if name != "data"}
-    values["rows"] = {name: len(rows) for name, rows in run.sets().items()}
+    values["rows"] = {name: {"count": len(rows), "sha256": digest(plain(list(rows)))} for name, rows in run.sets().items()}
     return plain(values)
 
 

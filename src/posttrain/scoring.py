@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.records import verdict_from_json, verdict_to_json
@@ -22,17 +22,21 @@ def score_everywhere(
     *,
     runner: RewardRunner,
     world: World,
+    values: Mapping[str, float] | None = None,
 ) -> list[Sample]:
-    """Every sample with its verdicts and reward; groups are never parted between ranks."""
+    """Every sample with its verdicts and reward; groups are never parted between ranks.
+
+    `values` are the numbers of verdicts that differ from 0, for instance `{"Wrong": -1.0}`.
+    """
     from posttrain.rewards.judging import score
 
     if world.size == 1:
-        return score(rewards, samples, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens)[0]
+        return score(rewards, samples, renderer.decode, runner=runner, values=values, stop_tokens=renderer.stop_tokens)[0]
     numbers: dict[str, int] = {}
     group = [numbers.setdefault(sample.query or sample.group, len(numbers)) for sample in samples]
     mine = [i for i, number in enumerate(group) if number % world.size == world.rank]
     own = [samples[i] for i in mine]
-    scored, _ = score(rewards, own, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens)
+    scored, _ = score(rewards, own, renderer.decode, runner=runner, values=values, stop_tokens=renderer.stop_tokens)
     records = [
         {
             "place": place,

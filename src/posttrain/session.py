@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from posttrain import monitor
-from posttrain.data.chat import Renderer
 from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, NumericsError
-from posttrain.experience import Desk
+from posttrain.experience import Desk, renderer_of
 from posttrain.files import atomic_folder, atomic_write, run_lock
 from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest
 from posttrain.method import Method, Part
-from posttrain.opening import build_steppers, first_look
+from posttrain.opening import build_steppers, first_look, refuse_changed
 from posttrain.pack import pack, shuffled_minibatches, units
 from posttrain.report.journal import Journal
 from posttrain.report.live import Live
@@ -48,6 +47,7 @@ from posttrain.wiring import (
 )
 
 if TYPE_CHECKING:
+    from posttrain.data.chat import Renderer
     from posttrain.run import Run
 
 
@@ -101,6 +101,7 @@ class Session:
     total_steps: int
     token_budget: int
     identity: Any
+    products: dict[str, Any]
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -125,12 +126,13 @@ class Session:
                 stack.enter_context(run_lock(out))
             settings = resolved(run)
             identity = digest({k: v for k, v in settings.items() if k not in _FREE})
+            refuse_changed(out, settings, free=_FREE)
             saved = load_state(out / "state", identity=identity)
             values = saved.values if saved else {}
             count = int(values.get("threads", torch.get_num_threads()))  # type: ignore[arg-type]
             stack.enter_context(threads(count))
-            models, tokenizer = build_models(run)
-            renderer = Renderer(tokenizer)
+            models, tokenizer, products = build_models(run, recorded=values.get("products"))
+            renderer = renderer_of(models["policy"], tokenizer)
             budget = run.token_budget or int(values.get("token_budget", 0)) or derived_budget(models["policy"])  # type: ignore[arg-type]
             steps = total_steps(run)
             chief = world.rank == 0
@@ -157,6 +159,7 @@ class Session:
                 total_steps=steps,
                 token_budget=budget,
                 identity=identity,
+                products=products,
                 memory=run.method.begin(),
             )
             if chief:
@@ -228,7 +231,12 @@ class Session:
             for each in work:
                 if each.part.method.rows == "prompts":
                     each.samples = score_everywhere(
-                        self.run.rewards, each.samples, self.renderer, runner=self.rewards, world=self.world
+                        self.run.rewards,
+                        each.samples,
+                        self.renderer,
+                        runner=self.rewards,
+                        world=self.world,
+                        values=self.run.verdicts,
                     )
         return work
 
@@ -366,6 +374,7 @@ class Session:
             "updates": {name: stepper.updates for name, stepper in self.steppers.items()},
             "threads": torch.get_num_threads(),
             "token_budget": self.token_budget,
+            "products": self.products,
             "best": self.best,
             "skipped": self.skipped,
         }

@@ -56,16 +56,21 @@ def trained_models(method: Method) -> list[str]:
     return list(dict.fromkeys(name for part in method.parts().values() for name in part.method.trains))
 
 
-def build_models(run: Run) -> tuple[dict[str, LanguageModel], Any]:
+def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageModel], Any, dict[str, Any]]:
     """Load every model of a run.
 
     The policy is the run's `model`.  A reference (or any other frozen model) that `run.models` does not name is the start
     itself: a copy, or the policy with its adapters off.  A model that learns beside the policy (a critic) starts as the
     policy's copy with a head of its own.
 
+    Args:
+        run: Whose models.
+        recorded: How matrix products were computed in the part of the run that is continued.
+
     Returns:
-        Models by name, and the policy's tokenizer.
+        Models by name, the policy's tokenizer, and how matrix products are computed.
     """
+    from posttrain.models.gemm import settle
     from posttrain.models.load import load
 
     def loaded(source: Any, lora: Any = None) -> tuple[LanguageModel, Any]:
@@ -88,13 +93,16 @@ def build_models(run: Run) -> tuple[dict[str, LanguageModel], Any]:
     if run.monitor and any(part.method.rows == "prompts" for part in run.method.parts().values()):
         models[START] = AdaptersOff(policy) if policy.has_adapters else _copy_of(models, policy)
     _add_heads(run, models)
+    precision, record = settle(run.precision, recorded=recorded)
+    if policy.device.type != "cpu" and precision == "fast":
+        precision, record = "exact", {"choice": "exact"}  # the quick float32 products are the processor's
     for name, model in models.items():
         if name not in learning and not isinstance(model, AdaptersOff):
             model.module.requires_grad_(False)
             model.heads.requires_grad_(False)
         if not isinstance(model, AdaptersOff) and model.decoder is not None:
-            model.use_precision(run.precision)
-    return models, tokenizer
+            model.use_precision(precision)
+    return models, tokenizer, record
 
 
 def _copy_of(models: Mapping[str, LanguageModel], policy: LanguageModel) -> LanguageModel:

@@ -63,3 +63,12 @@ def test_other_rows_and_later_tokens_have_no_influence() -> None:
     attend(x, x, x, layout, scale=0.5)[6 + 2].sum().backward()  # token 2 of row 1
     touched = x.grad.abs().sum((1, 2)) > 0
     assert touched.nonzero()[:, 0].tolist() == [6, 7, 8]
+
+
+def test_rows_come_back_in_their_own_order() -> None:
+    layout = layout_of(3, 9, 3, 9)
+    assert [group.rows for group in plan(layout).groups] == [2, 2]
+    x = torch.randn(24, 2, 4, generator=torch.Generator().manual_seed(0))
+    together = attend(x, x, x, layout, scale=0.5).split([3, 9, 3, 9])
+    for one, part in zip(x.split([3, 9, 3, 9]), together, strict=True):
+        torch.testing.assert_close(part, attend(one, one, one, layout_of(len(one)), scale=0.5))

@@ -247,10 +247,9 @@ class World:
         except (RuntimeError, ValueError) as cause:
             waited = time.monotonic() - began
             others = self._whereabouts(name)
-            message = (
-                f"rank {self.rank} of {self.size} gave up '{name}' after {waited:.1f} s (deadline {limit:g} s): {others}. "
-                f"A rank that does not answer has died or is stuck; see its output.  Cause: {str(cause).splitlines()[:1]}"
-            )
+            head = f"rank {self.rank} of {self.size} gave up '{name}' after {waited:.1f} s (deadline {limit:g} s): {others}"
+            why = " ".join(str(cause).splitlines()[:1])
+            message = f"{head}; a rank without an answer has died or is stuck: see its output ({why})"
             raise WorldError(message) from cause
 
     def _whereabouts(self, name: str) -> str:

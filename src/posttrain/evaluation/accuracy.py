@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
@@ -57,6 +57,8 @@ class Evaluation:
     """Of the sampled answers."""
     max_tokens: int = 64
     """Longest answer."""
+    verdicts: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of verdicts that differ from 0."""
     pass_mark: float = 1.0
     """The reward from which an answer is right."""
     seed: int = 0
@@ -98,7 +100,7 @@ class Evaluation:
         with RewardRunner(max_failure_rate=1.0) as runner:
             from posttrain.rewards.judging import score
 
-            scored = score(self.rewards, [*greedy, *drawn], renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens)[0]
+            scored = score(self.rewards, [*greedy, *drawn], renderer.decode, runner=runner, values=self.verdicts, stop_tokens=renderer.stop_tokens)[0]
         return self._outcome(scored[: len(greedy)], scored[len(greedy) :], renderer, model_name)
 
     def _answers(self, sampler: Sampler, renderer: Renderer, sampling: Sampling, *, copies: int) -> list[Sample]:

@@ -43,11 +43,11 @@ class Plan:
 
 
 def groups_of(sizes: tuple[int, ...], *, padding: float = PADDING) -> list[list[int]]:
-    """Row numbers grouped by length, longest first, each group with at most `padding` (a share) of padding.
+    """Row numbers grouped by length, each group with at most `padding` (a share) of padding; in order of first row.
 
     Example:
         >>> groups_of((4, 100, 95, 4))
-        [[1, 2], [0, 3]]
+        [[0, 3], [1, 2]]
     """
     groups: list[list[int]] = []
     width, total = 0, 0

@@ -157,6 +157,7 @@ class CachedStepper:
             for layer in range(self._decoder.num_layers)
         ]
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """See `Stepper.step`."""
         rows = tokens.shape[0]

@@ -140,6 +140,11 @@ class PPO(Method):
 def with_pretraining(ppo: PPO, *, weight: float = 27.8, data: str = "pretraining") -> Sum:
     """PPO-ptx: every update also maximises the likelihood of pretraining text, `weight` (gamma_ptx) times.
 
+    Raises:
+        ConfigError: The KL weight adapts, which needs a memory of its own that a sum's parts do not have.
+
     Source: arXiv:2203.02155, equation 2; 27.8 with 8 times more pretraining examples than episodes (appendix C.4).
     """
+    if ppo.target_kl:
+        raise ConfigError(f"target_kl is {ppo.target_kl}; with pretraining the KL weight is fixed, so leave it at 0")
     return Sum(members={"ppo": Part(method=ppo), "ptx": Part(method=SFT(), weight=weight, data=data)})

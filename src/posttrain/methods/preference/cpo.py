@@ -54,4 +54,5 @@ class CPO(Method):
         reward = self.beta * sequence_sum(seen.policy.logprob, batch.mask)  # [B]
         chosen, rejected = pairs(reward)  # [B / 2] each
         nll, _ = pairs(-sequence_average(seen.policy.logprob, batch.mask))
-        return {"loss": logistic(chosen - rejected) + self.alpha * nll, "nll": nll, **pair_metrics(reward, seen.policy.logprob, batch.mask)}
+        loss = logistic(chosen - rejected) + self.alpha * nll
+        return {"loss": loss, "nll": nll, **pair_metrics(reward, seen.policy.logprob, batch.mask)}

@@ -32,6 +32,11 @@ def mismatched(prompt: Sample, answer: Sample) -> Sample:
     )
 
 
+def marked(batch: Batch, name: str) -> Tensor:
+    """`[B]` bool: a mark that `experience` wrote; a batch made without it holds good rows only."""
+    return batch.columns[name] > 0 if name in batch.columns else torch.ones_like(batch.truncated)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KTO(Method):
     """A good answer should gain on the reference by more than the policy has moved on the whole, a bad one by less.
@@ -77,11 +82,11 @@ class KTO(Method):
             mismatched(s, other).with_(index=len(samples) + s.index, columns={**s.columns, "good": 0.0, "real": 0.0})
             for s, other in zip(samples, samples[1:] + samples[:1], strict=True)
         ]
-        return real + twins
+        return real + twins if len(rows) > 1 else real  # one row has no other's answer: z is 0
 
     def credit(self, batch: Batch, seen: Readings, state: State) -> Batch:
         """The reference point from the mismatched rows, which then leave the mask."""
-        real = batch.columns["real"] > 0
+        real = marked(batch, "real")
         u = sequence_sum(difference(seen.start.logprob, seen.reference.logprob, batch.mask), batch.mask)  # [B]
         measured = ~real & batch.mask.any(-1)
         z = torch.where(measured, u, 0).sum() / measured.sum().clamp(min=1)
@@ -94,7 +99,7 @@ class KTO(Method):
     def loss(self, batch: Batch, seen: Readings, state: State) -> dict[str, Tensor]:
         """`[B]`: the cost of each answer."""
         u = sequence_sum(difference(seen.policy.logprob, seen.reference.logprob, batch.mask), batch.mask)  # [B]
-        good, z = batch.columns["good"] > 0, batch.columns["z"]
+        good, z = marked(batch, "good"), batch.columns["z"]
         weight = torch.where(good, torch.full_like(u, self.good), self.bad)
         loss = weight * kto_value(self.beta * u, self.beta * z, good)
         return {"loss": loss, "reward": self.beta * u, "reference_point": self.beta * z}
