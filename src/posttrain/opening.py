@@ -107,8 +107,11 @@ def first_look(
         shown += samples[: run.show]
     if quiet or run.quiet:
         return
+    size = f"{policy.num_parameters / 1e6:.1f} M parameters"
+    if policy.has_adapters:
+        size += f" ({sum(p.numel() for p in policy.parameters().values()) / 1e6:.2g} M of them, in adapters, learn)"
     print(
-        f"{type(run.method).__name__} on {policy.num_parameters / 1e6:.1f} M parameters: {steps} steps, learning rate "
+        f"{type(run.method).__name__} on {size}: {steps} steps, learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}, at most {tokens} tokens a forward, {torch.get_num_threads()} thread(s), "
         f"matrix products '{run.precision}'",
         file=sys.stderr,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ def _rectangle(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) 
 
 def _column(name: str, samples: Sequence[Sample], width: int, dtype: torch.dtype) -> Tensor:
     """One named column of all samples: `[B]` for numbers, `[B, T]` for values per token, stacked for tensors."""
-    values = [sample.columns.get(name) for sample in samples]
-    if any(value is None for value in values):
-        missing = next(i for i, value in enumerate(values) if value is None)
+    missing = next((i for i, sample in enumerate(samples) if sample.columns.get(name) is None), None)
+    if missing is not None:
         raise DataError(f"column '{name}' is missing in sample {missing}; a batch needs it in every sample or in none")
+    values: list[Any] = [sample.columns[name] for sample in samples]
     first = values[0]
     if isinstance(first, Tensor):
         return torch.stack([torch.as_tensor(value) for value in values])

@@ -163,7 +163,8 @@ class Pipeline:
         data = stage.data
         specs = {"data": data} if isinstance(data, DataSpec) else dict(data or {})
         read = {name: self._rows_hash(stage, spec) for name, spec in specs.items()}
-        models = {name: self._hash_of(source) for name, source in {"start": stage.start, **stage.models}.items()}
+        sources = {"start": stage.merge or stage.start, **stage.models}
+        models = {name: self._hash_of(source) for name, source in sources.items()}
         return {
             "stage": digest(stage.model_dump()),
             "task": digest(self.recipe.task),
@@ -239,7 +240,7 @@ class Pipeline:
                 "data": rows,
                 "out": str(folder),
                 "rewards": self.rewards(stage) if samples else (),
-                "verdicts": dict(self.task(stage.name).values) if samples and self.recipe.task is not None else {},
+                "verdicts": {**self._verdicts(stage, samples=samples), **settings.get("verdicts", {})},
                 "sampling": build(Sampling, sampling, what="sampling"),
                 "optimizer": build(Optimizer, dict(settings.pop("optimizer", {})), what="optimizer"),
                 "quiet": self.quiet,
@@ -247,6 +248,10 @@ class Pipeline:
             },
             what=f"stage '{stage.name}'",
         )
+
+    def _verdicts(self, stage: StageSpec, *, samples: bool) -> dict[str, float]:
+        """The numbers of the task's verdicts, where the stage samples."""
+        return dict(self.task(stage.name).values) if samples and self.recipe.task is not None else {}
 
     def _train(self, stage: StageSpec, folder: Path) -> dict[str, float]:
         return train(self.build_run(stage, folder), world=self.world).metrics

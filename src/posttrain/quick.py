@@ -96,7 +96,7 @@ def training_run(
     from posttrain.data.rows import load_rows, need
     from posttrain.methods import method as method_named
     from posttrain.models.lora import Lora
-    from posttrain.pipeline import build_method
+    from posttrain.pipeline import build_method, validation
     from posttrain.rewards.named import named_rewards
 
     values = parsed(settings)
@@ -109,7 +109,7 @@ def training_run(
         raise ConfigError("lora settings are given without --lora; add it, or leave them out")
     given = named_task(task, data) if task else None
     samples = any(part.method.rows == "prompts" for part in method.parts().values())
-    if given is not None:
+    if given is not None and (data is None or task == "gsm8k"):
         rows = list(given.rows("train" if samples else "demonstrations", count or (2000 if samples else 100), 0))
     else:
         rows = load_rows(str(data), rename=renamed(rename), limit=count)
@@ -128,7 +128,8 @@ def training_run(
             "data": rows,
             "out": str(out),
             "rewards": judged,
-            "verdicts": dict(given.values) if given is not None else {},
+            "verdicts": {**(given.values if given is not None else {}), **parts["run"].get("verdicts", {})},
+            "evaluation": validation(given, 0) if given is not None and parts["run"].get("evaluate_every") else None,
             "sampling": build(Sampling, sampling, what="sampling"),
             "optimizer": build(Optimizer, parts["optimizer"], what="optimizer"),
             "lora": build(Lora, parts["lora"], what="lora") if lora else None,

@@ -201,9 +201,8 @@ def _explained(error: ValidationError) -> str:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        homes: list[Any] = [Recipe, StageSpec, EvaluateSpec, DataSpec]
-        depth = {"stages": StageSpec, "evaluate": EvaluateSpec, "data": DataSpec}
-        home = next((depth[part] for part in reversed(place[:-1]) if part in depth), homes[0])
+        depth: dict[str, type[BaseModel]] = {"stages": StageSpec, "evaluate": EvaluateSpec, "data": DataSpec}
+        home = next((depth[part] for part in reversed(place[:-1]) if part in depth), Recipe)
         return f"'{'.'.join(place)}' is no key of a recipe{nearest(place[-1], home.model_fields)}"
     return f"'{'.'.join(place)}': {first['msg']}"
 
@@ -217,7 +216,7 @@ def _check(recipe: Recipe, where: str) -> None:
             raise ConfigError(f"{where}: stage '{stage.name}' has verbs {verbs}; expected exactly one of {', '.join(VERBS)}")
         if stage.name in done or not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"{where}: stage name '{stage.name}' is taken or no plain name (letters, digits, - _ .)")
-        for name in (stage.start, *stage.models.values(), *_stages_of(stage)):
+        for name in (stage.start, *stage.models.values(), *_stages_of(stage), *([stage.merge] if stage.merge else [])):
             if name not in done and not _outside(name):
                 raise ConfigError(f"{where}: stage '{stage.name}' builds on '{name}', which is no stage before it{nearest(name, done)}")
         done.append(stage.name)

@@ -102,6 +102,8 @@ class Run:
             raise ConfigError("data names no set of rows; expected rows, or at least one named set")
         if self.evaluate_every and self.evaluation is None:
             raise ConfigError(f"evaluate_every is {self.evaluate_every} and there is nothing to evaluate; give an evaluation (or a task)")
+        if self.lora is not None and self.lora.dropout:
+            raise ConfigError(f"lora.dropout is {self.lora.dropout}, and runs train without dropout; leave it out")
         object.__setattr__(self, "rewards", tuple(self.rewards))
         sampled = [part.method for part in self.method.parts().values() if part.method.rows == "prompts"]
         if sampled and not self.rewards:

@@ -326,7 +326,7 @@ class Session:
         self.metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         rewards = [s.reward for each in work for s in each.samples if s.reward is not None]
         self.journal.step(self.step, metrics, phases=phases.closed(), rewards=rewards)
-        if self.world.rank == 0 and rewards:
+        if self.world.rank == 0 and any(each.part.method.rows == "prompts" for each in work):
             self.journal.samples(self.step, [s for each in work for s in each.samples], self.renderer.decode, count=4)
         self.history.append({"step": self.step, **metrics})
 

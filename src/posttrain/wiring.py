@@ -60,8 +60,9 @@ def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageM
     """Load every model of a run.
 
     The policy is the run's `model`.  A reference (or any other frozen model) that `run.models` does not name is the start
-    itself: a copy, or the policy with its adapters off.  A model that learns beside the policy (a critic) starts as the
-    policy's copy with a head of its own.
+    itself: the policy with its adapters off where these are fresh, else a copy (adapters that a run goes on with are part
+    of its start).  A model that learns beside the policy (a critic) starts as the policy's copy with a head of its own, and
+    with adapters of its own where the policy has fresh ones.
 
     Args:
         run: Whose models.
@@ -76,6 +77,9 @@ def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageM
     def loaded(source: Any, lora: Any = None) -> tuple[LanguageModel, Any]:
         return load(source, dtype=run.dtype, lora=lora, trust_remote_code=run.trust_remote_code)
 
+    def start() -> Any:
+        return AdaptersOff(policy) if run.lora is not None else _copy_of(models, policy)
+
     policy, tokenizer = loaded(run.model, run.lora)
     models: dict[str, Any] = {"policy": policy}
     learning = trained_models(run.method)
@@ -87,11 +91,11 @@ def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageM
         if name in run.models:
             models[name] = loaded(run.models[name])[0]
         elif name in learning:
-            models[name] = loaded(run.model)[0]
+            models[name] = loaded(run.model, run.lora)[0]
         else:
-            models[name] = AdaptersOff(policy) if policy.has_adapters else _copy_of(models, policy)
+            models[name] = start()
     if run.monitor and any(part.method.rows == "prompts" for part in run.method.parts().values()):
-        models[START] = AdaptersOff(policy) if policy.has_adapters else _copy_of(models, policy)
+        models[START] = start()
     _add_heads(run, models)
     precision, record = settle(run.precision, recorded=recorded)
     if policy.device.type != "cpu" and precision == "fast":

@@ -260,7 +260,8 @@ def save(model: LanguageModel, tokenizer: Any, folder: str | Path) -> Path:
         module: Any = model.module
         if len(model.heads):
             module.config.posttrain_heads = sorted(model.heads)
-        module.save_pretrained(str(target))
+        with no_progress_bars():
+            module.save_pretrained(str(target))
     save_heads(model.heads, target)
     tokenizer.save_pretrained(str(target))
     return target

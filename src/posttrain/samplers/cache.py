@@ -114,8 +114,10 @@ class CachedStepper:
         self._layers: list[_Layer] = []
         self._grow(columns)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _grow(self, columns: int) -> None:
-        """Allocate at least `columns` columns and keep what is there."""
+        """Allocate at least `columns` columns and keep what is there; ordinary tensors, also from inside `step`."""
         old, new = self._columns, min(self._limit, rounded(max(columns, self._columns * 5 // 4)))
         rows, dtype, device = self._slots * self._kv, self._dtype, self._device
         for layer in range(self._decoder.num_layers):

@@ -48,7 +48,8 @@ def gsm8k(path: str | Path, *, calculator: bool = False, system: str = "", max_t
     place = Path(path).expanduser()
     if not place.exists():
         raise ConfigError(
-            f"task 'gsm8k': there is no {place}; give a folder with train.jsonl and test.jsonl, or a JSONL file"
+            f"task 'gsm8k': there is no {place}; give a folder with train.jsonl and test.jsonl, or a JSONL file: "
+            "`posttrain run RECIPE task.path=FOLDER`, `posttrain train METHOD -t gsm8k -d FOLDER`"
         )
     loaded: dict[Path, list[dict[str, Any]]] = {}
 
