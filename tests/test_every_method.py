@@ -264,6 +264,7 @@ def goal(rig: Rig, batch: Batch) -> float:
         rows = torch.where(batch.mask, seen, 0).sum(-1) if rows is None else rows
         return float((rows[0::2] - rows[1::2]).sum())
     weights = next(iter(rig.method.terms(rig.state).values())).reduce(batch)[0]
+    weights = weights.unsqueeze(-1) if weights.ndim == 1 else weights
     advantage = batch.advantages if rig.method.rows == "prompts" else torch.ones_like(batch.advantages)
     return float((weights * torch.where(batch.mask, seen * advantage, 0)).sum())
 

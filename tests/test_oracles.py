@@ -36,6 +36,8 @@ from posttrain.types import Sample, Sampling, State, View
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 8
+EPS = 1e-5
+"""AdamW's, on both sides.  The default 1e-8 divides gradients that are float noise by their own size: steps of noise."""
 pytestmark = pytest.mark.skipif(not (EXAMPLES / "plain_sft.py").exists(), reason="the examples are not part of this installation")
 
 
@@ -115,29 +117,23 @@ class Plain:
 
 def plain(module: Any) -> Plain:
     model, _ = module.load(tiny.path())
-    return Plain(module, model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0))
+    return Plain(module, model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, eps=EPS))
 
 
 def compare_weights(library: Library, oracle: Plain) -> None:
-    """Weights agree to 1e-3 of the way they have come, on the whole and in 999 of 1000 of them.
-
-    Not each of them: Adam divides a gradient by its own size, so where a gradient is float noise the step is noise as well.
-    """
-    start = dict(load("tiny")[0].weights())
-    theirs = dict(oracle.model.named_parameters())
-    moved = torch.cat([(w.detach() - start[n]).flatten() for n, w in library.model.weights()])
-    apart = torch.cat([(w.detach() - theirs[n]).detach().flatten() for n, w in library.model.weights()])
-    relative = float(apart.norm() / moved.norm())
-    print(f"moved {float(moved.norm()):.4f}, apart {relative:.1e} of it, at most {float(apart.abs().max()):.1e}")
-    assert float(moved.norm()) > 0.1
-    assert relative <= 1e-3
-    assert float((apart.abs() > 1e-5).float().mean()) <= 1e-3
+    """Every weight agrees to 1e-5, after steps that moved it a hundred times as far."""
+    start, theirs = dict(load("tiny")[0].weights()), dict(oracle.model.named_parameters())
+    moved = max(float((w.detach() - start[n].detach()).abs().max()) for n, w in library.model.weights())
+    apart = max(float((w.detach() - theirs[n].detach()).abs().max()) for n, w in library.model.weights())
+    print(f"moved by at most {moved:.1e}, apart by at most {apart:.1e}")
+    assert moved > 1e-3
+    assert apart <= 1e-5
 
 
 @pytest.mark.parametrize("budget", [100_000, 300])
 def test_sft(plain_sft: Any, budget: int) -> None:
     lr, size = 3e-4, 6
-    library, oracle = Library(SFT(), Optimizer(lr=lr, schedule="cosine")), plain(plain_sft)
+    library, oracle = Library(SFT(), Optimizer(lr=lr, eps=EPS, schedule="cosine")), plain(plain_sft)
     chosen = rows("demonstrations", STEPS * size, level="demo")
     for number in range(STEPS):
         part = chosen[number * size : (number + 1) * size]
@@ -161,7 +157,7 @@ def reward(sample: Sample) -> float:
 def test_grpo(plain_grpo: Any, budget: int) -> None:
     lr, prompts, group = 5e-4, 3, 4
     method = GRPO(beta=0.0, advantage=partial(group_zscore_sample, eps=1e-4))
-    library, oracle = Library(method, Optimizer(lr=lr)), plain(plain_grpo)
+    library, oracle = Library(method, Optimizer(lr=lr, eps=EPS)), plain(plain_grpo)
     chosen = rows("train", STEPS * prompts, level="demo", seed=0)
     sampler = NativeSampler(library.model, library.tokenizer, stop_tokens=library.renderer.stop_tokens)
     for number in range(STEPS):
@@ -183,5 +179,5 @@ def test_grpo(plain_grpo: Any, budget: int) -> None:
         print(f"step {number}: {ours:.7f} and {theirs:.7f}")
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
         mask = batch["mask"]
-        assert torch.allclose(before[mask], logprobs[mask], atol=1e-4, rtol=1e-4)
+        assert float((before[mask] - logprobs[mask]).abs().max()) <= 1e-4
     compare_weights(library, oracle)

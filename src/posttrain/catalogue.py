@@ -43,7 +43,9 @@ def evaluations() -> list[dict[str, Any]]:
     """Every evaluation."""
     title = "accuracy, mean@k and pass@k with intervals"
     file = "posttrain/evaluation/accuracy.py"
-    return [{"name": "accuracy", "kind": "evaluation", "family": "", "title": title, "arxiv": "2107.03374", "file": file}]
+    return [
+        {"name": "accuracy", "kind": "evaluation", "family": "", "title": title, "arxiv": "2107.03374", "file": file}
+    ]
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -67,10 +69,20 @@ def described(name: str) -> str:
         raise ConfigError(f"there is no method '{name}'{nearest(name, METHODS)}")
     cls = method(name)
     home = inspect.getmodule(cls)
-    text = [f"{name}  ({cls.__module__})", "", inspect.cleandoc((home.__doc__ if home else "") or cls.__doc__ or ""), "", "Options:"]
+    text = [
+        f"{name}  ({cls.__module__})",
+        "",
+        inspect.cleandoc((home.__doc__ if home else "") or cls.__doc__ or ""),
+        "",
+        "Options:",
+    ]
     helps = field_help(cls)
     for field in fields(cls):
-        value = field.default if field.default is not MISSING else (field.default_factory() if field.default_factory is not MISSING else "")
+        value = (
+            field.default
+            if field.default is not MISSING
+            else (field.default_factory() if field.default_factory is not MISSING else "")
+        )
         shown = getattr(value, "__name__", value)
         text.append(f"  {field.name}={shown}    {helps.get(field.name, '')}")
     return "\n".join(text)

@@ -20,15 +20,24 @@ app = typer.Typer(
     "Start with `posttrain demo`: a whole run, from a base model to a reasoner, in minutes on two cores.",
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")]
-Data = Annotated[str | None, typer.Option("--data", "-d", help="Rows: a file (JSONL, JSON, CSV, Parquet), a datasets folder or hub name.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Rows: a file (JSONL, JSON, CSV, Parquet), a datasets folder or hub name."),
+]
 TaskOption = Annotated[str | None, typer.Option("--task", "-t", help="A task: word-problems, gsm8k, gym:<data set>.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; running again continues there.")]
 Count = Annotated[int | None, typer.Option("--count", "-n", help="How many rows or questions.")]
 Map = Annotated[list[str] | None, typer.Option("--map", help="Rename a column: new=old (repeat for more).")]
-Rewards = Annotated[list[str] | None, typer.Option("--reward", "-r", help="A reward: file.py:function (repeat for more).")]
+Rewards = Annotated[
+    list[str] | None, typer.Option("--reward", "-r", help="A reward: file.py:function (repeat for more).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
-Options = Annotated[list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")]
+Options = Annotated[
+    list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")
+]
 
 
 @app.command()
@@ -48,9 +57,13 @@ def demo(
 @app.command("run")
 def run_command(
     recipe: Annotated[str | None, typer.Argument(help="The name of a shipped recipe, or a YAML file.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(help="path=value changes, for instance stages.rl.run.steps=20.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="path=value changes, for instance stages.rl.run.steps=20.")
+    ] = None,
     out: Out = None,
-    small: Annotated[bool, typer.Option("--small", help="The recipe's small form: minutes on two cores, too short for a claim.")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="The recipe's small form: minutes on two cores, too short for a claim.")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="The recipes that ship.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --list: as JSON.")] = False,
     quiet: Quiet = False,
@@ -80,9 +93,14 @@ def _run(recipe: str, out: Path, *, small: bool, changes: dict[str, Any], quiet:
         from posttrain.report.summary import read_summary
 
         numbers = read_summary(out)["evaluations"]
-        rows = [{**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"} for n in numbers]
+        rows = [
+            {**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"}
+            for n in numbers
+        ]
         if rows:
             _table(rows, ("model", "metric", "value", "interval", "n"))
+        if small:
+            print("This was the small form: it shows the way and is too short for a claim.")
         print(f"The report: {report}")
 
 
@@ -97,14 +115,19 @@ def train(
     map_: Map = None,
     reward: Rewards = None,
     out: Out = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter (extra 'peft'); lora.r=16 sets its fields.")] = False,
-    own: Annotated[str | None, typer.Option("--method", help="Your own method as file.py:Class; METHOD is then its name in reports.")] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train an adapter (extra 'peft'); lora.r=16 sets its fields.")
+    ] = False,
+    own: Annotated[
+        str | None,
+        typer.Option("--method", help="Your own method as file.py:Class; METHOD is then its name in reports."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one stage. key=value sets any field of the method, the run, its optimizer or its sampling.
 
-    Examples: `posttrain train sft -m tiny -d rows.jsonl epochs=3`; `posttrain train grpo -m runs/sft/model -t word-problems steps=100`;
-    `posttrain train dpo -m smollm2 -d pairs.jsonl beta=0.2 --lora`.
+    Examples: `posttrain train sft -m tiny -d rows.jsonl epochs=3`;
+    `posttrain train grpo -m runs/sft/model -t word-problems steps=100`; `posttrain train dpo -m smollm2 -d pairs.jsonl beta=0.2 --lora`.
     """
     from posttrain.quick import training_run
     from posttrain.run import train as start
@@ -136,17 +159,28 @@ def sample(
     count: Count = None,
     samples: Annotated[int, typer.Option("--samples", "-k", help="Answers to each prompt.")] = 1,
     settings: Options = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file; standard output when left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .jsonl file; standard output when left out.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Write answers to prompts as JSONL, with log-probabilities and, for a task, the verdict.
 
-    Examples: `posttrain sample -m runs/rl/model -p "What is 2 + 3?"`; `posttrain sample -t word-problems -n 20 -k 4 temperature=0.7`.
+    Examples: `posttrain sample -m runs/rl/model -p "What is 2 + 3?"`;
+    `posttrain sample -t word-problems -n 20 -k 4 temperature=0.7`.
     """
     from posttrain.quick import write_samples
 
     write_samples(
-        model=model, data=data, task=task, prompt=prompt, count=count, samples=samples, settings=settings or [], out=out, seed=seed
+        model=model,
+        data=data,
+        task=task,
+        prompt=prompt,
+        count=count,
+        samples=samples,
+        settings=settings or [],
+        out=out,
+        seed=seed,
     )
 
 
@@ -168,7 +202,9 @@ def evaluate(
     """
     from posttrain.quick import evaluated
 
-    outcome = evaluated(model=model, task=task or "word-problems", data=data, count=count, samples=samples, split=split, seed=seed)
+    outcome = evaluated(
+        model=model, task=task or "word-problems", data=data, count=count, samples=samples, split=split, seed=seed
+    )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "evaluation.json").write_text(json.dumps(outcome.numbers, indent=1), encoding="utf-8")
@@ -177,13 +213,18 @@ def evaluate(
     if as_json:
         print(json.dumps(outcome.numbers, indent=1))
         return
-    rows = [{**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"} for n in outcome.numbers]
+    rows = [
+        {**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"}
+        for n in outcome.numbers
+    ]
     _table(rows, ("metric", "value", "interval", "n"))
 
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")] = "tiny",
+    model: Annotated[
+        str, typer.Argument(help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")
+    ] = "tiny",
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     temperature: float = 0.7,
     max_tokens: int = 256,
@@ -211,7 +252,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 @app.command()
 def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON: name, kind, family, title, arXiv id, file.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON: name, kind, family, title, arXiv id, file.")
+    ] = False,
     name: Annotated[str | None, typer.Argument(help="One method: its docstring and its options.")] = None,
 ) -> None:
     """The methods, recipes and evaluations of this library with their sources.

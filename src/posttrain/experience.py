@@ -71,7 +71,13 @@ class Desk:
             name, columns = row_identity(row, number), dict(row.get("columns", {}))
             for sample in self.demonstrations(row):
                 samples.append(
-                    replace(sample, group=f"{self.step}/{number}", query=name, info={**sample.info, **_info(row)}, columns=columns)
+                    replace(
+                        sample,
+                        group=f"{self.step}/{number}",
+                        query=name,
+                        info={**sample.info, **_info(row)},
+                        columns=columns,
+                    )
                 )
         self._spent("render", began)
         return self._number(samples)
@@ -91,7 +97,13 @@ class Desk:
             name, columns = row_identity(row, number), dict(row.get("columns", {}))
             for sample in self.renderer.pair(row):
                 samples.append(
-                    replace(sample, group=f"{self.step}/{number}", query=name, info={**sample.info, **_info(row)}, columns=columns)
+                    replace(
+                        sample,
+                        group=f"{self.step}/{number}",
+                        query=name,
+                        info={**sample.info, **_info(row)},
+                        columns=columns,
+                    )
                 )
         self._spent("render", began)
         return self._number(samples)
@@ -102,14 +114,14 @@ class Desk:
         prompts = []
         for number, row in enumerate(rows):
             prompt = self.renderer.prompt(row["prompt"], row.get("tools"))
-            prompt = replace(
-                prompt, group=f"{self.step}/{number}", query=row_identity(row, number), info=_info(row)
-            )
+            prompt = replace(prompt, group=f"{self.step}/{number}", query=row_identity(row, number), info=_info(row))
             prompts += [prompt] * copies
         self._spent("render", began)
         return self._number(prompts)
 
-    def rollout(self, rows: Sequence[Row], *, samples: int | None = None, temperature: float | None = None) -> list[Sample]:
+    def rollout(
+        self, rows: Sequence[Row], *, samples: int | None = None, temperature: float | None = None
+    ) -> list[Sample]:
         """The policy's own answers, `samples` a row (default: the run's), grouped by row.
 
         Each rank writes the answers to its share of the rows; every rank gets them all.

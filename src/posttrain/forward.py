@@ -7,7 +7,7 @@ a chunk is computed again in the backward pass.  Where all of them fit in one ch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,8 @@ def _head_reads(
     return [torch.cat(values) for values in zip(*pieces, strict=True)]
 
 
-def _wanted_beside(views: Mapping[str, View]) -> set[str]:
+def wanted_beside(views: Mapping[str, View]) -> set[str]:
+    """Names of the views whose logits another view's reads look at."""
     return {read.beside for view in views.values() for read in view.reads if read.beside}
 
 
@@ -123,6 +124,7 @@ def read(
     views: Mapping[str, View],
     *,
     given: Readings | None = None,
+    keep: Collection[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Readings:
     """Read every view that `given` does not hold already.
@@ -132,6 +134,7 @@ def read(
         batch: The rows to read; readings are made for tokens in its mask.
         views: Forwards by name, in order; a later one may look at an earlier one's readings.
         given: Readings made before (views read once), for the same rows.
+        keep: Views whose hidden states a later call will need `beside` another view's.
         chunk_bytes: Bytes of logits that may exist at once.
 
     Returns:
@@ -141,7 +144,7 @@ def read(
         ConfigError: A view names a model, or a `beside`, that does not exist.
     """
     seen = given or Readings()
-    wanted = _wanted_beside(views)
+    wanted = wanted_beside(views) | set(keep)
     beside: dict[str, tuple[LanguageModel, Tensor]] = {}
     for name, view in views.items():
         model = _model(models, view.model)
@@ -158,7 +161,7 @@ def read(
             values = _read_view(model, source, view, lay, trained, seen, beside, chunk_bytes, keep=name in wanted)
         if name in wanted:
             beside[name] = (model, values[BESIDE][trained.row, trained.position].detach())
-            if not view.once:
+            if name not in keep:
                 values.pop(BESIDE)
         seen = seen.plus(name, values)
     return seen
@@ -180,7 +183,9 @@ def _read_view(
     by_source: dict[str, list[Read]] = {}
     for quantity in view.reads:
         if quantity.beside and quantity.beside not in beside:
-            raise ConfigError(f"read '{quantity.name}' stands beside view '{quantity.beside}', which is not read before it")
+            raise ConfigError(
+                f"read '{quantity.name}' stands beside view '{quantity.beside}', which is not read before it"
+            )
         by_source.setdefault(quantity.source, []).append(quantity)
     embeddings = view.embeddings(model.embed, batch, seen) if view.embeddings else None
     layers = sorted({quantity.layer for quantity in by_source.get("attention", [])})

@@ -163,6 +163,10 @@ class Sum(Method):
         """A sum has no term of its own."""
         return {}
 
+    def begin(self) -> dict[str, Any]:
+        """The members' memories, each key behind its member's name."""
+        return {f"{name}/{key}": v for name, part in self.members.items() for key, v in part.method.begin().items()}
+
     def parts(self) -> dict[str, Part]:
         """The members."""
         return dict(self.members)

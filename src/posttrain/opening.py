@@ -39,7 +39,9 @@ def build_steppers(run: Run, models: Mapping[str, Any], steps: int) -> dict[str,
     out = {"": Stepper(derived_optimizer(run, models["policy"]), parameters, steps * run.updates * run.minibatches)}
     for name, part in run.method.parts().items():
         if part.optimizer is not None:
-            settings = part.optimizer if part.optimizer.lr is not None else replace(part.optimizer, lr=out[""].settings.lr)
+            settings = (
+                part.optimizer if part.optimizer.lr is not None else replace(part.optimizer, lr=out[""].settings.lr)
+            )
             out[name] = Stepper(settings, parameters, steps)
     return out
 
@@ -57,7 +59,11 @@ def refuse_changed(out: Path, settings: Mapping[str, Any], *, free: Sequence[str
         before = json.loads(record.read_text(encoding="utf-8"))
     except ValueError:
         return  # the saves themselves are compared next
-    changed = [f"{key} was {before.get(key)!r} and is {value!r}" for key, value in settings.items() if key not in free and before.get(key) != value]
+    changed = [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in settings.items()
+        if key not in free and before.get(key) != value
+    ]
     if changed:
         raise CheckpointError(
             f"{out} holds the saves of another run: {'; '.join(changed)}. Go back to its settings, or choose another folder"

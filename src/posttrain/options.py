@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -60,10 +61,14 @@ def field_help(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError, IndentationError):
             continue
         body = typing.cast("ast.ClassDef", tree.body[0]).body
-        for before, after in zip(body, body[1:], strict=False):
+        for before, after in itertools.pairwise(body):
             if not (isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)):
                 continue
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            if (
+                isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+                and isinstance(after.value.value, str)
+            ):
                 found[before.target.id] = " ".join(after.value.value.split())
     return found
 

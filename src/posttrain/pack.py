@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -132,4 +133,4 @@ def shuffled_minibatches(chosen: Sequence[list[int]], count: int, generator: tor
     order = torch.randperm(len(chosen), generator=generator).tolist()
     count = min(count, max(1, len(chosen)))
     bounds = [len(order) * i // count for i in range(count + 1)]
-    return [[chosen[u] for u in sorted(order[a:b])] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [[chosen[u] for u in sorted(order[a:b])] for a, b in itertools.pairwise(bounds)]

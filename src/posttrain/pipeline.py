@@ -1,22 +1,19 @@
 """Stages turn artifacts into artifacts; running a pipeline again skips what is done and whole.
 
-    out/
-      recipe.yaml                what was run
-      <stage>/                   a train stage's run folder: run.json, metrics.jsonl, samples.jsonl, state/, model/
-      <stage>/stage.json         the stage's inputs and its artifact's hash, written last
-      evaluations/<model>.json   numbers; <model>.jsonl: one question a line
-      summary.json, report.html
+out/
+  recipe.yaml                what was run
+  <stage>/                   a train stage's run folder: run.json, metrics.jsonl, samples.jsonl, state/, model/
+  <stage>/stage.json         the stage's inputs and its artifact's hash, written last
+  evaluations/<model>.json   numbers; <model>.jsonl: one question a line
+  summary.json, report.html
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,24 +28,14 @@ from posttrain.manifest import hash_folder, write_manifest
 from posttrain.method import Method, Optimizer
 from posttrain.options import build
 from posttrain.recipe import DataSpec, EvaluateSpec, Recipe, StageSpec
-from posttrain.records import sample_from_json, sample_to_json
+from posttrain.records import sample_to_json
+from posttrain.report.live import counted
 from posttrain.report.page import write_report
 from posttrain.report.summary import write_summary
-from posttrain.resolve import digest
+from posttrain.resolve import digest, versions
 from posttrain.rewards.reward import Reward
 from posttrain.run import Run, train
 from posttrain.types import Row, Sampling
-
-PACKAGES = ("posttrain", "torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "math-verify", "reasoning-gym")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 @dataclass
@@ -71,7 +58,9 @@ class Pipeline:
         """
         make_folders(self.out)
         if self.world.rank == 0:
-            atomic_write(self.out / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False, allow_unicode=True))
+            atomic_write(
+                self.out / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False, allow_unicode=True)
+            )
         for stage in self.recipe.stages:
             self.stages.append(self._stage(stage))
         if self.world.rank != 0:
@@ -132,7 +121,9 @@ class Pipeline:
             lines = (self.out / str(spec.stage) / "rows" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
             found = [json.loads(line) for line in lines if line][: spec.count]
         if not found:
-            raise DataError(f"{what}: the data is empty" + (f"; stage '{spec.stage}' kept no sample" if spec.stage else ""))
+            raise DataError(
+                f"{what}: the data is empty" + (f"; stage '{spec.stage}' kept no sample" if spec.stage else "")
+            )
         return found
 
     def task(self, what: str) -> Any:
@@ -244,6 +235,7 @@ class Pipeline:
                 "sampling": build(Sampling, sampling, what="sampling"),
                 "optimizer": build(Optimizer, dict(settings.pop("optimizer", {})), what="optimizer"),
                 "quiet": self.quiet,
+                **self._watched(stage),
                 **extra,
             },
             what=f"stage '{stage.name}'",
@@ -253,6 +245,28 @@ class Pipeline:
         """The numbers of the task's verdicts, where the stage samples."""
         return dict(self.task(stage.name).values) if samples and self.recipe.task is not None else {}
 
+    def _watched(self, stage: StageSpec) -> dict[str, Any]:
+        """The settings of an evaluation while the stage trains: accuracy on a split of the task."""
+        watch = stage.watch
+        if watch is None:
+            return {}
+        return {"evaluation": self._of_task(watch.split, watch.count), "evaluate_every": watch.every}
+
+    def _of_task(
+        self, split: str, count: int, *, samples: int = 0, max_tokens: int | None = None, seed: int = 0
+    ) -> Evaluation:
+        task = self.task("evaluate")
+        return Evaluation(
+            task=task.name,
+            rows=list(task.rows(split, count, seed)),
+            rewards=tuple(task.rewards),
+            verdicts=task.values,
+            split=split,
+            samples=samples,
+            max_tokens=max_tokens or task.max_tokens,
+            seed=self.recipe.seed,
+        )
+
     def _train(self, stage: StageSpec, folder: Path) -> dict[str, float]:
         return train(self.build_run(stage, folder), world=self.world).metrics
 
@@ -260,8 +274,8 @@ class Pipeline:
         """Write the start's answers to prompts, judged, as rows to train on."""
         from posttrain.experience import Desk, renderer_of
         from posttrain.models.load import load
-        from posttrain.rewards.runner import RewardRunner
         from posttrain.rewards.judging import score
+        from posttrain.rewards.runner import RewardRunner
         from posttrain.samplers.native import NativeSampler
 
         if not isinstance(stage.data, DataSpec):
@@ -273,7 +287,9 @@ class Pipeline:
         desk = Desk(renderer, sampler, build(Sampling, options), stage.samples, self.recipe.seed, 0, World())
         with RewardRunner(max_failure_rate=0.5) as runner:
             answers = desk.rollout(self.rows(stage.data, stage.name))
-            scored = score(self.rewards(stage), answers, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens)[0]
+            scored = score(
+                self.rewards(stage), answers, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens
+            )[0]
         kept = _keep(scored, stage)
         with atomic_folder(folder / "rows") as partial:
             lines = [json.dumps({"id": f"{s.query}#{s.index}", "sample": sample_to_json(s)}) for s in kept]
@@ -299,32 +315,30 @@ class Pipeline:
         from posttrain.experience import renderer_of
         from posttrain.models.load import load
 
-        task = self.task("evaluate")
         path = self.out / "evaluations" / f"{name}.json"
-        inputs = {"spec": digest(spec.model_dump(exclude={"of"})), "model": self._hash_of(name), "task": digest(self.recipe.task)}
+        inputs = {
+            "spec": digest(spec.model_dump(exclude={"of"})),
+            "model": self._hash_of(name),
+            "task": digest(self.recipe.task),
+        }
         if path.is_file():
             done = json.loads(path.read_text(encoding="utf-8"))
             if done["inputs"] == inputs:
                 return list(done["numbers"])
-        evaluation = Evaluation(
-            task=task.name,
-            rows=list(task.rows(spec.split, spec.count, spec.seed)),
-            rewards=tuple(task.rewards),
-            verdicts=task.values,
-            split=spec.split,
-            samples=spec.samples,
-            max_tokens=spec.max_tokens or task.max_tokens,
-            seed=self.recipe.seed,
+        evaluation = self._of_task(
+            spec.split, spec.count, samples=spec.samples, max_tokens=spec.max_tokens, seed=spec.seed
         )
         model, tokenizer = load(self.folder_of(name))
-        with _progress(f"evaluate {name}", quiet=self.quiet) as progress:
+        with counted(f"evaluate {name}", quiet=self.quiet) as progress:
             outcome = evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
         make_folders(path.parent)
         lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in outcome.records)
         atomic_write(path.with_suffix(".jsonl"), lines + "\n")
         atomic_write(path, json.dumps({"inputs": inputs, "numbers": outcome.numbers}, indent=1))
         headline = outcome.numbers[0]
-        self._say(f"{name}: accuracy {100 * headline['value']:.1f} % [{100 * headline['low']:.1f}, {100 * headline['high']:.1f}]")
+        self._say(
+            f"{name}: accuracy {100 * headline['value']:.1f} % [{100 * headline['low']:.1f}, {100 * headline['high']:.1f}]"
+        )
         return outcome.numbers
 
     def _say(self, text: str) -> None:
@@ -362,7 +376,9 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
             raise ConfigError(f"there is no file {file} that could hold the method '{attribute}'")
         cls = getattr(load_file(file), attribute, None)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise ConfigError(f"{file} has no Method called '{attribute}'; expected a class that derives from posttrain.Method")
+            raise ConfigError(
+                f"{file} has no Method called '{attribute}'; expected a class that derives from posttrain.Method"
+            )
         return build(cls, options, what=attribute)
     return build(method(name), options, what=name)
 
@@ -382,24 +398,10 @@ def _keep(samples: Sequence[Any], stage: StageSpec) -> list[Any]:
     raise ConfigError(f"stage '{stage.name}' keeps '{stage.keep}'; expected all, passed or best")
 
 
-@contextlib.contextmanager
-def _progress(title: str, *, quiet: bool) -> Iterator[Any]:
-    """A bar for work that counts answers; nothing where there is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        number = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(number, completed=done, total=total)
-
-
 def run_recipe(recipe: Recipe, out: str | Path, *, quiet: bool = False) -> Path:
     """Run a recipe into a folder; see `Pipeline`.  Returns the report."""
     with World.here() as world:
         return Pipeline(recipe, Path(out), quiet=quiet, world=world).run()
 
 
-__all__ = ["Pipeline", "build_method", "run_recipe", "sample_from_json", "versions"]
+__all__ = ["Pipeline", "build_method", "run_recipe"]

@@ -189,8 +189,15 @@ def write_samples(
             answers = score(given.rewards, answers, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens)[0]
     lines = []
     for sample in answers:
-        text = {"prompt_text": renderer.decode(sample.tokens[: sample.prompt_length]), "text": renderer.decode(sample.completion)}
-        lines.append(json.dumps({"id": f"{sample.query}#{sample.index}", **text, "sample": sample_to_json(sample)}, ensure_ascii=False))
+        text = {
+            "prompt_text": renderer.decode(sample.tokens[: sample.prompt_length]),
+            "text": renderer.decode(sample.completion),
+        }
+        lines.append(
+            json.dumps(
+                {"id": f"{sample.query}#{sample.index}", **text, "sample": sample_to_json(sample)}, ensure_ascii=False
+            )
+        )
     content = "\n".join(lines) + "\n"
     if out is None:
         sys.stdout.write(content)
@@ -198,10 +205,12 @@ def write_samples(
         atomic_write(out, content)
 
 
-def evaluated(*, model: str, task: str, data: str | None, count: int | None, samples: int, split: str, seed: int) -> Any:
+def evaluated(
+    *, model: str, task: str, data: str | None, count: int | None, samples: int, split: str, seed: int
+) -> Any:
     """`posttrain evaluate`: the outcome of one evaluation."""
     from posttrain.evaluation.accuracy import Evaluation
-    from posttrain.pipeline import _progress
+    from posttrain.report.live import counted
 
     given = named_task(task, data)
     evaluation = Evaluation(
@@ -215,7 +224,7 @@ def evaluated(*, model: str, task: str, data: str | None, count: int | None, sam
         seed=seed,
     )
     loaded, tokenizer, renderer = opened(model)
-    with _progress(f"evaluate {model}", quiet=False) as progress:
+    with counted(f"evaluate {model}", quiet=False) as progress:
         return evaluation.of(loaded, tokenizer, renderer, model_name=model, progress=progress)
 
 
@@ -263,9 +272,13 @@ def examined(model: str, *, data: str | None, task: str | None, rename: Sequence
     elif data is not None:
         rows = load_rows(data, rename=renamed(rename))
     console = Console()
-    findings = diagnose(tokenizer, rows, loaded.config, generation_config=getattr(loaded.module, "generation_config", None))
+    findings = diagnose(
+        tokenizer, rows, loaded.config, generation_config=getattr(loaded.module, "generation_config", None)
+    )
     if rows and not any(finding.severity == "error" and "template" in finding.what for finding in findings):
-        show_samples(Desk(renderer, None, Sampling(), 1, 0, 0, World()).replay_or_prompts(rows[:show]), tokenizer, console)
+        show_samples(
+            Desk(renderer, None, Sampling(), 1, 0, 0, World()).replay_or_prompts(rows[:show]), tokenizer, console
+        )
     for finding in findings:
         style = {"error": "bold red", "warning": "yellow", "note": "dim"}[finding.severity]
         console.print(str(finding), style=style, markup=False)

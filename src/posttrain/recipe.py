@@ -1,16 +1,16 @@
 """A recipe: a pipeline of named stages as YAML, read strictly.
 
-    name: word-problems
-    shows: a cold start on 100 demonstrations, then GRPO
-    minutes: 5
-    model: tiny
-    task: {name: word-problems, level: demo}
-    stages:
-      - {name: cold-start, train: sft, data: {split: demonstrations, count: 100}, run: {epochs: 10}}
-      - {name: rl, train: grpo, start: cold-start, data: {split: train, count: 2000}, run: {steps: 100}}
-    evaluate:
-      - {of: [base, cold-start, rl], split: test, count: 500, samples: 8}
-    small: {stages.rl.run.steps: 4}
+name: word-problems
+shows: a cold start on 100 demonstrations, then GRPO
+minutes: 5
+model: tiny
+task: {name: word-problems, level: demo}
+stages:
+  - {name: cold-start, train: sft, data: {split: demonstrations, count: 100}, run: {epochs: 10}}
+  - {name: rl, train: grpo, start: cold-start, data: {split: train, count: 2000}, run: {steps: 100}}
+evaluate:
+  - {of: [base, cold-start, rl], split: test, count: 500, samples: 8}
+small: {stages.rl.run.steps: 4}
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ class DataSpec(_Strict):
     seed: int = 0
 
 
+class WatchSpec(_Strict):
+    """An evaluation while a stage trains: every so many steps, on a split of the task (validation rows for the loss)."""
+
+    every: int = Field(10, ge=1)
+    split: str = "validation"
+    count: int = Field(100, ge=1)
+
+
 class StageSpec(_Strict):
     """One stage: exactly one verb."""
 
@@ -58,6 +66,7 @@ class StageSpec(_Strict):
     method: dict[str, Any] = {}
     run: dict[str, Any] = {}
     rewards: list[str] = []
+    watch: WatchSpec | None = None
     keep: str = "all"
     samples: int = Field(1, ge=1)
 
@@ -99,9 +108,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(
-    source: str | Path, *, small: bool = False, changes: Mapping[str, Any] | None = None
-) -> Recipe:
+def load_recipe(source: str | Path, *, small: bool = False, changes: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by name or file.
 
     Args:
@@ -201,7 +208,12 @@ def _explained(error: ValidationError) -> str:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        depth: dict[str, type[BaseModel]] = {"stages": StageSpec, "evaluate": EvaluateSpec, "data": DataSpec}
+        depth: dict[str, type[BaseModel]] = {
+            "stages": StageSpec,
+            "evaluate": EvaluateSpec,
+            "data": DataSpec,
+            "watch": WatchSpec,
+        }
         home = next((depth[part] for part in reversed(place[:-1]) if part in depth), Recipe)
         return f"'{'.'.join(place)}' is no key of a recipe{nearest(place[-1], home.model_fields)}"
     return f"'{'.'.join(place)}': {first['msg']}"
@@ -213,12 +225,16 @@ def _check(recipe: Recipe, where: str) -> None:
     for stage in recipe.stages:
         verbs = [verb for verb in VERBS if getattr(stage, verb) is not None]
         if len(verbs) != 1:
-            raise ConfigError(f"{where}: stage '{stage.name}' has verbs {verbs}; expected exactly one of {', '.join(VERBS)}")
+            raise ConfigError(
+                f"{where}: stage '{stage.name}' has verbs {verbs}; expected exactly one of {', '.join(VERBS)}"
+            )
         if stage.name in done or not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"{where}: stage name '{stage.name}' is taken or no plain name (letters, digits, - _ .)")
         for name in (stage.start, *stage.models.values(), *_stages_of(stage), *([stage.merge] if stage.merge else [])):
             if name not in done and not _outside(name):
-                raise ConfigError(f"{where}: stage '{stage.name}' builds on '{name}', which is no stage before it{nearest(name, done)}")
+                raise ConfigError(
+                    f"{where}: stage '{stage.name}' builds on '{name}', which is no stage before it{nearest(name, done)}"
+                )
         done.append(stage.name)
     for evaluation in recipe.evaluate:
         for name in evaluation.of:

@@ -1,6 +1,6 @@
 """A run is a frozen value, and `train` is the main path on one page.
 
-    rows --experience--> samples --score--> batch with credit --loss--> values per element --step--> new weights
+rows --experience--> samples --score--> batch with credit --loss--> values per element --step--> new weights
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Run:
     """Passes over each batch (PPO's epochs)."""
     minibatches: int = 1
     """Cuts of each pass; every cut is one optimiser step."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     """How answers are drawn."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = field(default_factory=Optimizer)
     """AdamW and its schedule."""
     lora: Lora | None = None
     """Train an adapter instead of all weights (extra 'peft')."""
@@ -74,6 +74,8 @@ class Run:
     """Steps between evaluations; 0 never."""
     evaluation: Evaluation | None = None
     """What `evaluate_every` evaluates; the best checkpoint by it is kept as `best`."""
+    validation: Sequence[Row] = ()
+    """Rows on which `evaluate_every` reads the loss, for methods that do not sample."""
     max_failure_rate: float = 0.2
     """Share of recent samples whose rewards may fail (infrastructure, not policy) before the run stops."""
     max_skipped: int = 5
@@ -100,17 +102,22 @@ class Run:
             raise ConfigError(f"epochs is {self.epochs}; expected more than 0")
         if not self.sets():
             raise ConfigError("data names no set of rows; expected rows, or at least one named set")
-        if self.evaluate_every and self.evaluation is None:
-            raise ConfigError(f"evaluate_every is {self.evaluate_every} and there is nothing to evaluate; give an evaluation (or a task)")
+        if self.evaluate_every and self.evaluation is None and not self.validation:
+            found = f"evaluate_every is {self.evaluate_every} and there is nothing to evaluate"
+            raise ConfigError(f"{found}; give an evaluation (a task has one) or validation rows")
         if self.lora is not None and self.lora.dropout:
             raise ConfigError(f"lora.dropout is {self.lora.dropout}, and runs train without dropout; leave it out")
         object.__setattr__(self, "rewards", tuple(self.rewards))
         sampled = [part.method for part in self.method.parts().values() if part.method.rows == "prompts"]
         if sampled and not self.rewards:
             name = type(sampled[0]).__name__
-            raise ConfigError(f"{name} learns from rewards and the run has none; give a task, or --reward file.py:function")
+            raise ConfigError(
+                f"{name} learns from rewards and the run has none; give a task, or --reward file.py:function"
+            )
         if len(sampled) == 0 and self.rewards:
-            raise ConfigError(f"{type(self.method).__name__} does not sample, so rewards have no effect; leave them out")
+            raise ConfigError(
+                f"{type(self.method).__name__} does not sample, so rewards have no effect; leave them out"
+            )
         for method in sampled:
             least = getattr(method, "least_samples", 1)
             if self.samples_per_prompt < least:
@@ -172,8 +179,14 @@ def resolved(run: Run) -> dict[str, Any]:
     """The run as JSON values: what is saved beside the results, and what a checkpoint is checked against."""
     from posttrain.resolve import digest, plain
 
-    values = {name: getattr(run, name) for name in run.__dataclass_fields__ if name != "data"}
-    values["rows"] = {name: {"count": len(rows), "sha256": digest(plain(list(rows)))} for name, rows in run.sets().items()}
+    values = {
+        name: getattr(run, name)
+        for name in run.__dataclass_fields__
+        if name not in ("data", "validation", "evaluation")
+    }
+    values["rows"] = {
+        name: {"count": len(rows), "sha256": digest(plain(list(rows)))} for name, rows in run.sets().items()
+    }
     return plain(values)
 
 

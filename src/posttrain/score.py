@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from posttrain.forward import read
+from posttrain.forward import read, wanted_beside
 from posttrain.method import Method
 from posttrain.pack import micro_batches, units
 from posttrain.types import Batch, GroupStats, Readings, State, View
@@ -62,9 +62,10 @@ def _read_once(
 ) -> Readings:
     """Views that are read once, in micro-batches, put back into the order of the batch (and gathered over ranks)."""
     mine = shard(units(batch, method.unit), world)
+    keep = wanted_beside(method.views()) & set(views)
     out: dict[str, dict[str, Tensor]] = {name: {} for name in views}
     for rows in micro_batches(batch, mine, token_budget):
-        seen = read(models, batch.rows(rows), views)
+        seen = read(models, batch.rows(rows), views, keep=keep)
         for view in views:
             for name, value in getattr(seen, view).values.items():
                 whole = out[view].get(name)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain import monitor
+from posttrain import held_out, monitor
+from posttrain.capture import captured, restore
 from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, NumericsError
 from posttrain.experience import Desk, renderer_of
 from posttrain.files import atomic_folder, atomic_write, run_lock
 from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest
-from posttrain.method import Method, Part
+from posttrain.method import Part, Sum
 from posttrain.opening import build_steppers, first_look, refuse_changed
 from posttrain.pack import pack, shuffled_minibatches, units
 from posttrain.report.journal import Journal
@@ -43,7 +44,6 @@ from posttrain.wiring import (
     derived_budget,
     threads,
     total_steps,
-    trained_parameters,
 )
 
 if TYPE_CHECKING:
@@ -146,13 +146,17 @@ class Session:
                 sampler=NativeSampler(models["policy"], tokenizer, stop_tokens=renderer.stop_tokens),
                 steppers=build_steppers(run, models, steps),
                 cursors={name: Cursor(rows, run.seed) for name, rows in run.sets().items()},
-                rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate)) if run.rewards else None,
+                rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate))
+                if run.rewards
+                else None,
                 journal=stack.enter_context(
                     Journal(
                         out if chief else out / f".rank-{world.rank}",
                         resume_step=saved.step if saved else (0 if (out / "run.json").exists() else None),
                         stage=out.name,
-                        trackers=open_trackers(run.writers, out, resume_step=saved.step if saved else None) if chief else (),
+                        trackers=open_trackers(run.writers, out, resume_step=saved.step if saved else None)
+                        if chief
+                        else (),
                     )
                 ),
                 live=stack.enter_context(Live(out.name, steps, quiet=run.quiet or not chief)),
@@ -165,12 +169,19 @@ class Session:
             if chief:
                 atomic_write(out / "run.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             if saved:
-                session._restore(saved.tensors, saved.values, saved.step)
+                restore(session, saved)
             else:
-                first_look(run, renderer, models, tokenizer, tokens=budget, rates=session.rates(), steps=steps, quiet=not chief)
+                first_look(
+                    run, renderer, models, tokenizer, tokens=budget, rates=session.rates(), steps=steps, quiet=not chief
+                )
             yield session
 
     # ------------------------------------------------------------------------------------------ the loop
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of a batch's real-valued tensors."""
+        return torch.float64 if self.run.dtype == "float64" else torch.float32
 
     def rates(self) -> list[float]:
         """The peak learning rate of every optimiser."""
@@ -180,16 +191,17 @@ class Session:
         """A new step's clock."""
         return Phases()
 
-    def state(self, method: Method | None = None, rows: Sequence[Row] = ()) -> State:
-        """Where the run stands, for a method."""
+    def state(self, part: str = "", rows: Sequence[Row] = ()) -> State:
+        """Where the run stands, for a method; a member of a sum sees its own memory."""
         main = next(iter(self.steppers.values()))
+        prefix = f"{part}/" if isinstance(self.run.method, Sum) and part else ""
         return State(
             step=self.step,
             update=main.updates,
             total_steps=self.total_steps,
             seed=self.run.seed,
             metrics=self.metrics,
-            memory=self.memory,
+            memory={k.removeprefix(prefix): v for k, v in self.memory.items() if k.startswith(prefix)},
             rows=tuple(rows),
         )
 
@@ -217,7 +229,7 @@ class Session:
             if not rows:
                 continue
             desk = self._desk()
-            samples = part.method.experience(desk, rows, self.state(rows=rows))
+            samples = part.method.experience(desk, rows, self.state(name, rows))
             for phase, seconds in desk.seconds.items():
                 phases[phase] = phases.get(phase, 0.0) + seconds
             work.append(Work(name, part, weight, samples, rows))
@@ -243,18 +255,17 @@ class Session:
     def credit(self, work: list[Work], phases: Phases) -> list[Ready]:
         """Samples become batches with credit."""
         out = []
-        dtype = torch.float64 if self.run.dtype == "float64" else torch.float32
         on_policy = self.run.updates == 1 and self.run.minibatches == 1
         with phases.of("credit"):
             for each in work:
                 method = each.part.method
-                batch = pack(each.samples, seed=self.run.seed, step=self.step, dtype=dtype)
+                batch = pack(each.samples, seed=self.run.seed, step=self.step, dtype=self.real)
                 batch = batch.to(self.models["policy"].device)
                 batch, seen, state = prepare(
                     self.models,
                     method,
                     batch,
-                    self.state(rows=each.rows),
+                    self.state(each.name, each.rows),
                     token_budget=self.token_budget,
                     world=self.world,
                     on_policy=on_policy,
@@ -275,7 +286,9 @@ class Session:
             for turn in range(self.run.updates):
                 cuts = {r.name: self._minibatches(r, turn) for r in together}
                 for number in range(max((len(c) for c in cuts.values()), default=0)):
-                    members = [(r, shard(cuts[r.name][number], self.world)) for r in together if number < len(cuts[r.name])]
+                    members = [
+                        (r, shard(cuts[r.name][number], self.world)) for r in together if number < len(cuts[r.name])
+                    ]
                     metrics |= self._update(members, "", tally)
             for r in alone:
                 stepper = r.name if r.part.optimizer is not None else ""
@@ -304,7 +317,9 @@ class Session:
             return outcome.metrics | {"skipped_updates": 0.0}
         self.skipped += 1
         where = monitor.write_replay(self.out, self.step, members, outcome.skipped)
-        message = f"step {self.step}: the gradient of '{outcome.skipped}' is not finite; the update is left out ({where})"
+        message = (
+            f"step {self.step}: the gradient of '{outcome.skipped}' is not finite; the update is left out ({where})"
+        )
         if self.skipped >= self.run.max_skipped:
             raise NumericsError(f"{message}; {self.skipped} updates in a row, so the run stops")
         python_warnings.warn(message, stacklevel=2)
@@ -312,10 +327,17 @@ class Session:
 
     def remember(self, ready: list[Ready], metrics: dict[str, float]) -> None:
         """The method's memory after this step."""
-        if ready:
+        method = self.run.method
+        if isinstance(method, Sum):
+            for each in ready:
+                prefix = f"{each.name}/"
+                own = {name.removeprefix(prefix): v for name, v in metrics.items() if name.startswith(prefix)}
+                found = each.method.remember(replace(each.state, metrics=own), each.batch, own)
+                self.memory |= {prefix + key: v for key, v in found.items()}
+        elif ready:
             first = ready[0]
             state = replace(first.state, metrics=metrics, memory=self.memory)
-            self.memory = self.run.method.remember(state, first.batch, metrics)
+            self.memory = method.remember(state, first.batch, metrics)
 
     def record(self, work: list[Work], metrics: dict[str, float], phases: Phases) -> None:
         """Write the step's numbers and a few of its samples."""
@@ -340,24 +362,23 @@ class Session:
     def evaluate(self, phases: Phases) -> None:
         """Every `evaluate_every` steps: evaluate, and keep the best weights."""
         run = self.run
-        if not (run.evaluation and run.evaluate_every and self.step % run.evaluate_every == 0) or self.world.rank != 0:
+        if not run.evaluate_every or self.step % run.evaluate_every:
             return
         with phases.of("evaluate"):
-            outcome = run.evaluation.of(self.models["policy"], self.tokenizer, self.renderer, model_name=f"step {self.step}")
-        value = outcome.headline
-        self.journal.step(self.step - 1, {"evaluation": value})
+            found = held_out.losses(self) if run.validation else {}
+            value = -found["validation/loss"] if "validation/loss" in found else -math.inf
+            if run.evaluation is not None and self.world.rank == 0:
+                policy = self.models["policy"]
+                outcome = run.evaluation.of(policy, self.tokenizer, self.renderer, model_name=f"step {self.step}")
+                value = found["evaluation"] = outcome.headline
+        if self.world.rank != 0:
+            return
+        self.journal.step(self.step - 1, found)
         if value > self.best.get("value", -math.inf):
             self.best = {"value": value, "step": float(self.step)}
             self._save_model(self.out / "best")
 
     # ------------------------------------------------------------------------------------------ state
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        parameters = trained_parameters(self.models, self.run.method)
-        out: dict[str, torch.Tensor] = {f"weights:{name}": p.detach() for name, p in parameters.items()}
-        for name, stepper in self.steppers.items():
-            out |= {f"optimizer:{name}:{key}": value for key, value in stepper.tensors().items()}
-        return out | {f"memory:{key}": v for key, v in self.memory.items() if isinstance(v, torch.Tensor)}
 
     def checkpoint(self, phases: Phases) -> None:
         """Save the whole state, when it is time."""
@@ -367,37 +388,9 @@ class Session:
                 self._save()
 
     def _save(self) -> None:
-        values = {
-            "memory": {key: v for key, v in self.memory.items() if not isinstance(v, torch.Tensor)},
-            "metrics": self.metrics,
-            "taken": {name: cursor.taken for name, cursor in self.cursors.items()},
-            "updates": {name: stepper.updates for name, stepper in self.steppers.items()},
-            "threads": torch.get_num_threads(),
-            "token_budget": self.token_budget,
-            "products": self.products,
-            "best": self.best,
-            "skipped": self.skipped,
-        }
-        save_state(self.out / "state", self.step, self._tensors(), values, identity=self.identity)
+        tensors, values = captured(self)
+        save_state(self.out / "state", self.step, tensors, values, identity=self.identity)
         self.saved = self.step
-
-    def _restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any], step: int) -> None:
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.models, self.run.method).items():
-                parameter.copy_(tensors[f"weights:{name}"])
-        for name, stepper in self.steppers.items():
-            prefix = f"optimizer:{name}:"
-            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            device = self.models["policy"].device
-            moments = {k: v if k.endswith(":step") else v.to(device) for k, v in moments.items()}
-            stepper.restore(moments, values["updates"][name])
-        self.memory = {**values["memory"], **{k[7:]: v for k, v in tensors.items() if k.startswith("memory:")}}
-        self.metrics, self.best = dict(values["metrics"]), dict(values["best"])
-        self.skipped = int(values["skipped"])
-        for name, taken in values["taken"].items():
-            self.cursors[name].taken = taken
-        self.step = self.saved = step
-        self.sampler.policy_version = sum(s.updates for s in self.steppers.values())
 
     def _save_model(self, folder: Path) -> None:
         from posttrain.models.load import save
@@ -419,7 +412,7 @@ class Session:
         return model, best if best.exists() else None
 
 
-_FREE = ("out", "save_every", "quiet", "show", "writers", "evaluate_every", "evaluation")
+_FREE = ("out", "save_every", "quiet", "show", "writers", "evaluate_every")
 """Settings that may differ when a run goes on: they do not touch the weights."""
 
 

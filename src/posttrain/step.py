@@ -122,7 +122,9 @@ def _counts(ready: Ready, terms: Mapping[str, Term], cuts: Sequence[Tensor], wor
     return {name: float(count) for name, count in zip(terms, counts.tolist(), strict=True)}
 
 
-def _scalar(ready: Ready, batch: Batch, values: Mapping[str, Tensor], counts: Mapping[str, float], tally: Tally) -> Tensor:
+def _scalar(
+    ready: Ready, batch: Batch, values: Mapping[str, Tensor], counts: Mapping[str, float], tally: Tally
+) -> Tensor:
     """The part of the loss that this micro-batch brings; metrics are added to `tally`."""
     terms = ready.method.terms(ready.state)
     total = batch.logprobs.new_zeros(())
@@ -252,7 +254,9 @@ class Stepper:
         """The inverse of `tensors`."""
         self.updates = updates
         for name, parameter in self.parameters.items():
-            moments = {key: tensors[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in tensors}
+            moments = {
+                key: tensors[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in tensors
+            }
             if moments:
                 self.adam.state[parameter] = moments
 
@@ -285,9 +289,7 @@ def update(
     separate = len(work) > 1 or any(ready.part.clip is not None for ready, _ in work)
     total: dict[str, Tensor] = {}
     for ready, chosen in work:
-        accumulate(
-            models, ready, chosen, token_budget=token_budget, chunk_bytes=chunk_bytes, world=world, tally=tally
-        )
+        accumulate(models, ready, chosen, token_budget=token_budget, chunk_bytes=chunk_bytes, world=world, tally=tally)
         world.all_sum_gradients(parameters.values())
         if separate:
             norm = gradient_norm(parameters)

@@ -86,7 +86,9 @@ def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageM
     wanted = wanted_models(run.method)
     unknown = sorted(set(run.models) - set(wanted))
     if unknown:
-        raise ConfigError(f"models names {unknown}, which {type(run.method).__name__} does not read (it reads {wanted})")
+        raise ConfigError(
+            f"models names {unknown}, which {type(run.method).__name__} does not read (it reads {wanted})"
+        )
     for name in wanted[1:]:
         if name in run.models:
             models[name] = loaded(run.models[name])[0]

@@ -1,11 +1,11 @@
 """Accuracy of a model on a task: one greedy answer a question, and k sampled ones where asked.
 
-    accuracy          share of questions whose greedy answer is right (Wilson interval)
-    parsed            share of greedy answers that could be read
-    accuracy_parsed   accuracy among those
-    mean@k            mean over questions of the share of k sampled answers that are right (interval over questions)
-    pass@k            chance that one of k is right, unbiased (Chen et al., "Evaluating Large Language Models Trained on Code",
-                      arXiv 2107.03374, equation 1)
+accuracy          share of questions whose greedy answer is right (Wilson interval)
+parsed            share of greedy answers that could be read
+accuracy_parsed   accuracy among those
+mean@k            mean over questions of the share of k sampled answers that are right (interval over questions)
+pass@k            chance that one of k is right, unbiased (Chen et al., "Evaluating Large Language Models Trained on Code",
+                  arXiv 2107.03374, equation 1)
 """
 
 from __future__ import annotations
@@ -100,7 +100,14 @@ class Evaluation:
         with RewardRunner(max_failure_rate=1.0) as runner:
             from posttrain.rewards.judging import score
 
-            scored = score(self.rewards, [*greedy, *drawn], renderer.decode, runner=runner, values=self.verdicts, stop_tokens=renderer.stop_tokens)[0]
+            scored = score(
+                self.rewards,
+                [*greedy, *drawn],
+                renderer.decode,
+                runner=runner,
+                values=self.verdicts,
+                stop_tokens=renderer.stop_tokens,
+            )[0]
         return self._outcome(scored[: len(greedy)], scored[len(greedy) :], renderer, model_name)
 
     def _answers(self, sampler: Sampler, renderer: Renderer, sampling: Sampling, *, copies: int) -> list[Sample]:

@@ -6,7 +6,6 @@ backward pass.  Rows without a trained token count nowhere.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from posttrain.types import Batch, Reduction
@@ -32,12 +31,6 @@ def sequence_mean(batch: Batch) -> tuple[Tensor, Tensor]:
 def sequence_sum_mean(batch: Batch) -> tuple[Tensor, Tensor]:
     """The mean over rows of each row's token sum.  Weights `[B, T]`, count the number of rows with a trained token."""
     return batch.mask.to(batch.logprobs.dtype), _live(batch).sum()
-
-
-def token_sum(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The plain sum over trained tokens, divided by nothing.  A count of 1 must be claimed once: see `constant`."""
-    weights = batch.mask.to(batch.logprobs.dtype)
-    return weights, torch.zeros((), dtype=weights.dtype, device=weights.device)
 
 
 def constant(length: float) -> Reduction:

@@ -6,12 +6,14 @@ then.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -203,3 +205,17 @@ def _with_interval(metrics: Mapping[str, float], name: str) -> str:
     if low is None or high is None:
         return number(metrics[name])
     return f"{number(metrics[name])} [{number(low)}, {number(high)}]"
+
+
+@contextlib.contextmanager
+def counted(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for work that counts what it has done: gives `(done, total) -> None`, or None where there is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        number = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(number, completed=done, total=total)

@@ -34,7 +34,7 @@ from posttrain.tasks.word_problem_templates import (
 )
 from posttrain.types import Score, Unparseable, Verdict, Wrong
 
-__all__ = ["LEVELS", "SPLITS", "Level", "Problem", "Step", "problem", "rows", "split_of", "verify"]
+__all__ = ["LEVELS", "SPLITS", "Level", "Problem", "Step", "problem", "rows", "split_of", "verify", "worked_answer"]
 
 Item = TypeVar("Item")
 
@@ -60,6 +60,8 @@ class Level:
     """No result of a step is greater than this."""
     chained: float = 0.4
     """Share of problems that are chained stories; the others follow a fixed template."""
+    longest: int | None = None
+    """No worked answer has more pieces than this: words, digits, marks and tags, about the embedded model's tokens."""
 
 
 LEVELS: dict[str, Level] = {
@@ -213,11 +215,19 @@ def _template(draw: Draw, num_steps: int, rules: Level) -> Template:
 def problem(split: str, index: int, *, level: str = "demo", seed: int = 0) -> Problem:
     """Problem `index` of a split. It depends on nothing but the arguments.
 
-    Candidates are drawn until one has whole positive results and a key that hashes into the split.
+    Candidates are drawn until one belongs to the split and its worked answer is short enough.
     """
     if split not in SPLITS or level not in LEVELS:
         raise ValueError(f"found split {split!r}, level {level!r}; write one of {list(SPLITS)} and {list(LEVELS)}")
     draw, rules = Draw(f"word-problems/{split}/{seed}/{level}/{index}"), LEVELS[level]
+    while True:
+        item = _candidate(draw, split, rules)
+        if rules.longest is None or len(_PIECES.findall(worked_answer(item))) < rules.longest:
+            return item  # with room for the token that ends the answer
+
+
+def _candidate(draw: Draw, split: str, rules: Level) -> Problem:
+    """A problem of the split, drawn until its results are whole and positive and its key hashes into the split."""
     num_steps = draw.weighed(rules.steps)
     template, tries = _template(draw, num_steps, rules), 0
     while True:
@@ -238,6 +248,12 @@ def problem(split: str, index: int, *, level: str = "demo", seed: int = 0) -> Pr
     return Problem(key=key, question=question[0].upper() + question[1:], steps=steps, answer=steps[-1].result)
 
 
+def worked_answer(item: Problem) -> str:
+    """The worked solution as a demonstration writes it, with calculator annotations."""
+    worked = " ".join(step.text(calculation="<<{left}{op}{right}={result}>>{result}") for step in item.steps)
+    return f"<think>{worked}</think><answer>{item.answer}</answer>"
+
+
 def rows(split: str, n: int, *, level: str = "demo", seed: int = 0) -> list[dict[str, Any]]:
     """The first `n` problems of a split as rows of prompt, completion, answer and number of steps.
 
@@ -246,14 +262,11 @@ def rows(split: str, n: int, *, level: str = "demo", seed: int = 0) -> list[dict
     made = []
     for index in range(n):
         item = problem(split, index, level=level, seed=seed)
-        worked = " ".join(step.text(calculation="<<{left}{op}{right}={result}>>{result}") for step in item.steps)
         made.append(
             {
                 "id": f"word-problems/{split}/{index}",
                 "prompt": [{"role": "user", "content": item.question}],
-                "completion": [
-                    {"role": "assistant", "content": f"<think>{worked}</think><answer>{item.answer}</answer>"}
-                ],
+                "completion": [{"role": "assistant", "content": worked_answer(item)}],
                 "answer": str(item.answer),
                 "steps": len(item.steps),
             }
@@ -261,6 +274,7 @@ def rows(split: str, n: int, *, level: str = "demo", seed: int = 0) -> list[dict
     return made
 
 
+_PIECES = re.compile(r"</?[a-z]+>|\$?<<|>>|[0-9]|[A-Za-z]+|[^\w\s]")
 _TRIES = 1000  # draws of numbers before another template is taken
 _NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 _LONGEST = 32  # characters of an answer; longer ones are not read as numbers
