@@ -127,7 +127,8 @@ def train(
     """Train one stage. key=value sets any field of the method, the run, its optimizer or its sampling.
 
     Examples: `posttrain train sft -m tiny -d rows.jsonl epochs=3`;
-    `posttrain train grpo -m runs/sft/model -t word-problems steps=100`; `posttrain train dpo -m smollm2 -d pairs.jsonl beta=0.2 --lora`.
+    `posttrain train grpo -m runs/sft/model -t word-problems steps=100`;
+    `posttrain train dpo -m smollm2 -d pairs.jsonl beta=0.2 --lora`.
     """
     from posttrain.quick import training_run
     from posttrain.run import train as start
