@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--demonstrations", type=int, default=100)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--level", default="demo")
     parser.add_argument("--test", type=int, default=200, help="problems to evaluate on")
     args = parser.parse_args()

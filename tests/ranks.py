@@ -1,4 +1,4 @@
-"""What each rank of `test_distributed.py` runs: three whole runs, and one that stops in the middle, in float64.
+"""What each rank of `test_distributed.py` runs: three whole runs, a pipeline, and a run that stops, in float64.
 
     torchrun --nproc-per-node 2 ranks.py MODEL OUT
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import demonstrations, small_run
+from small import demonstrations, jsonl, small_run
 
 from posttrain.distributed.world import World
 from posttrain.method import Optimizer
 from posttrain.methods import DPO, GRPO, SFT
+from posttrain.pipeline import Pipeline
+from posttrain.recipe import parse_recipe
 from posttrain.run import Run, train
 from posttrain.session import Session
 
@@ -33,6 +35,15 @@ def runs(model: Path, out: Path) -> dict[str, Run]:
     }
 
 
+def pipeline(model: Path, out: Path, world: World) -> None:
+    """Answers to three prompts, all kept, then imitated."""
+    data = {"file": str(jsonl(out.parent / f"{out.name}-{world.rank}.jsonl", demonstrations(3)))}
+    sampled = {"name": "write", "sample": "answers", "data": data, "samples": 2, "run": {"sampling": {"max_tokens": 5}}}
+    imitated = {"name": "imitate", "train": "sft", "data": {"stage": "write"}, "run": {"steps": 2, "dtype": "float64"}}
+    tree = {"name": "pipeline", "model": str(model), "stages": [sampled, imitated]}
+    Pipeline(parse_recipe(tree), out, quiet=True, world=world).run()
+
+
 def main(model: Path, out: Path) -> None:
     torch.set_num_threads(1)
     with World.here() as world:
@@ -40,6 +51,7 @@ def main(model: Path, out: Path) -> None:
         stopped = todo.pop("stopped")
         for run in todo.values():
             train(run, world=world)
+        pipeline(model, out / "pipeline", world)
         real = Session.score
 
         def score(session: Session, work: Any, phases: Any) -> Any:

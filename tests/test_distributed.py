@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import ranks
 import torch
 from small import lines, weights
 
+from posttrain.distributed.world import World
 from posttrain.run import train
 from posttrain.state import load_state
 
@@ -64,3 +66,17 @@ def test_a_save_of_two_ranks_goes_on_with_one(two_ranks: Path, small_model: Path
     for alone, together in zip(one, two, strict=True):
         assert together["reward"] == alone["reward"]
         assert together.get("loss", 0.0) == pytest.approx(alone.get("loss", 0.0), abs=1e-6)
+
+
+def test_a_pipeline_of_two_ranks_writes_each_artifact_once(two_ranks: Path, small_model: Path, tmp_path: Path) -> None:
+    ranks.pipeline(small_model, tmp_path / "pipeline", World())
+    one, two = tmp_path / "pipeline", two_ranks / "pipeline"
+    texts = [(out / "write/rows/rows.jsonl").read_text() for out in (one, two)]
+    rows = [[json.loads(line)["sample"] for line in text.splitlines()] for text in texts]
+    assert len(rows[0]) == 6
+    for alone, together in zip(*rows, strict=True):
+        assert together["tokens"] == alone["tokens"]
+        assert together["index"] == alone["index"]
+    expected = weights(one / "imitate/model")
+    for key, tensor in weights(two / "imitate/model").items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-7, rtol=0)

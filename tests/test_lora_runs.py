@@ -192,7 +192,7 @@ def test_a_merge_of_no_stage_is_refused_with_the_nearest(small_model: Path, tmp_
     from posttrain.recipe import parse_recipe
 
     stages = [RECIPE["stages"][0], {"name": "whole", "merge": "sf"}]
-    with pytest.raises(ConfigError, match="'whole' builds on 'sf', which is no stage before it.*'sft'"):
+    with pytest.raises(ConfigError, match=r"'whole' builds on 'sf', which is no stage before it.*'sft'"):
         parse_recipe({**RECIPE, "stages": stages, "evaluate": []})
 
 

@@ -25,7 +25,10 @@ METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
     "dpo": (DPO(), {}),
     "grpo": (GRPO(), {"updates": 2, "minibatches": 2}),
     "ppo": (PPO(target_kl=0.1, horizon=16), {}),
-    "relift": (ReLIFT(buffer_size=2, max_tokens=8, study_lr=1e-2), {"rewards": (UNLESS_HARD,), "steps": 5, "samples_per_prompt": 2}),
+    "relift": (
+        ReLIFT(buffer_size=2, max_tokens=8, study_lr=1e-2),
+        {"rewards": (UNLESS_HARD,), "steps": 5, "samples_per_prompt": 2},
+    ),
     "sasr": (SASR(warmup=2, warmup_norms=2), {"steps": 6}),
 }
 
@@ -89,8 +92,8 @@ def test_hybrids_have_a_memory_worth_keeping(small_model: Path, tmp_path: Path) 
         memory = saved.values["memory"]
         assert isinstance(memory, dict)
         assert key in memory
-        taken = [row for row in lines(tmp_path / name) if any(k.startswith("sft/") for k in row)]
-        assert taken, f"{name} never imitated"
+        for part in ("rl/", "sft/"):
+            assert any(k.startswith(part) for row in lines(tmp_path / name) for k in row), f"{name} never took {part}"
 
 
 def test_stopped_before_the_first_save_starts_over(

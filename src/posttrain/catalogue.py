@@ -68,11 +68,10 @@ def described(name: str) -> str:
     if name not in METHODS:
         raise ConfigError(f"there is no method '{name}'{nearest(name, METHODS)}")
     cls = method(name)
-    home = inspect.getmodule(cls)
     text = [
         f"{name}  ({cls.__module__})",
         "",
-        inspect.cleandoc((home.__doc__ if home else "") or cls.__doc__ or ""),
+        inspect.cleandoc(cls.__doc__ or ""),
         "",
         "Options:",
     ]

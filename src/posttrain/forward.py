@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +62,7 @@ class Trained:
         )
 
 
-def _slice(at: At, part: slice, beside: Tensor | None) -> At:
+def _slice(at: At, part: slice) -> At:
     return At(
         target=at.target[part],
         temperature=at.temperature[part],
@@ -71,7 +71,6 @@ def _slice(at: At, part: slice, beside: Tensor | None) -> At:
         index=at.index[part],
         seed=at.seed,
         step=at.step,
-        beside=beside,
     )
 
 
@@ -93,7 +92,8 @@ def _head_reads(
         logits = model.logits(states)
         with torch.no_grad():
             wide = {name: beside[name][0].logits(beside[name][1][part]) for name in others}
-        return tuple(read.fn(logits, _slice(at, part, wide.get(read.beside or ""))) for read in reads)
+        here = at if total <= size else _slice(at, part)
+        return tuple(read.fn(logits, replace(here, beside=wide[read.beside]) if read.beside else here) for read in reads)
 
     if total <= size:
         return list(chunk(hidden, slice(0, total)))
@@ -146,15 +146,21 @@ def read(
     seen = given or Readings()
     wanted = wanted_beside(views) | set(keep)
     beside: dict[str, tuple[LanguageModel, Tensor]] = {}
+    plain: tuple[Layout, Trained] | None = None  # of `batch` itself, shared by all views without inputs of their own
     for name, view in views.items():
         model = _model(models, view.model)
+        if name in seen and name not in wanted:
+            continue
         source = view.inputs(batch, seen) if view.inputs else batch
-        lay = layout(source)
-        trained = Trained.of(source, lay)
+        if source is not batch or plain is None:
+            lay = layout(source)
+            trained = Trained.of(source, lay)
+            plain = (lay, trained) if source is batch else plain
+        else:
+            lay, trained = plain
         if name in seen:
-            if name in wanted:
-                kept = getattr(getattr(seen, name), BESIDE)
-                beside[name] = (model, kept[trained.row, trained.position])
+            kept = getattr(getattr(seen, name), BESIDE)
+            beside[name] = (model, kept[trained.row, trained.position])
             continue
         quiet = view.once or not view.grad
         with torch.no_grad() if quiet else contextlib.nullcontext():

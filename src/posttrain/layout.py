@@ -135,6 +135,10 @@ def layout(batch: Batch, *, extra: Sequence[str] = ()) -> Layout:
         raise DataError(f"the batch has no column '{missing[0]}'{nearest(missing[0], batch.columns)}")
     width = int(batch.tokens.shape[1])
     real = torch.arange(width, device=batch.tokens.device)[None, :] < batch.lengths[:, None]  # [B, T]
-    sizes = [int(size) for size in batch.lengths.tolist()]
-    columns = {name: batch.columns[name][real] for name in extra}
-    return Layout.of(batch.tokens[real], sizes, width=width, extra=columns)
+    row, positions = real.nonzero(as_tuple=True)  # [N] each, row after row
+    sizes: tuple[int, ...] = tuple(batch.lengths.tolist())
+    if min(sizes, default=1) < 1 or max(sizes, default=0) > width:
+        raise DataError(f"rows of lengths {list(sizes)} do not fit a batch of width {width}; every row needs at least 1 token")
+    starts = torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0))  # [B + 1]
+    columns = {name: batch.columns[name][row, positions] for name in extra}
+    return Layout(batch.tokens[row, positions], positions, batch.lengths, starts, row, sizes, width, columns)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pydantic
@@ -121,10 +123,19 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str = "") -> T:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls)
-    except NameError:  # a name imported for type checking only
-        return {f.name: Any for f in fields(cls)}  # type: ignore[arg-type]
+    """The type of each field; `Any` for one whose names are imported for type checking only."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        names = vars(sys.modules[base.__module__])
+        for key, note in vars(base).get("__annotations__", {}).items():
+            if key not in known:
+                continue
+            try:
+                found |= typing.get_type_hints(SimpleNamespace(__annotations__={key: note}), globalns=names)
+            except NameError:
+                found[key] = Any
+    return found
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:

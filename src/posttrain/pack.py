@@ -15,6 +15,8 @@ from posttrain.types import Batch, Sample
 
 def _rectangle(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
     """`[B, T]`: ragged rows, padded with zeros on the right."""
+    if not any(rows):
+        return torch.zeros(len(rows), width, dtype=dtype)
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], dtype=dtype)
 
 

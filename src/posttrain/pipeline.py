@@ -274,27 +274,37 @@ class Pipeline:
         """Write the start's answers to prompts, judged, as rows to train on."""
         from posttrain.experience import Desk, renderer_of
         from posttrain.models.load import load
-        from posttrain.rewards.judging import score
         from posttrain.rewards.runner import RewardRunner
         from posttrain.samplers.native import NativeSampler
+        from posttrain.scoring import score_everywhere
 
         if not isinstance(stage.data, DataSpec):
             raise ConfigError(f"stage '{stage.name}' samples answers to one data set; name it under data")
+        unread = sorted(set(stage.run) - {"sampling"})
+        if unread:
+            raise ConfigError(f"stage '{stage.name}' samples and does not read run.{unread[0]}; it reads run.sampling")
+        task = self.task(stage.name) if self.recipe.task is not None else None
+        judges = self.rewards(stage) if stage.rewards or task is not None else ()
+        if stage.keep != "all" and not judges:
+            raise ConfigError(f"stage '{stage.name}' keeps '{stage.keep}' and has no rewards; name some, or a task")
         model, tokenizer = load(self.folder_of(stage.start))
         renderer = renderer_of(model, tokenizer)
         sampler = NativeSampler(model, tokenizer, stop_tokens=renderer.stop_tokens)
-        options = {"max_tokens": self.task(stage.name).max_tokens, **stage.run.get("sampling", {})}
-        desk = Desk(renderer, sampler, build(Sampling, options), stage.samples, self.recipe.seed, 0, World())
-        with RewardRunner(max_failure_rate=0.5) as runner:
-            answers = desk.rollout(self.rows(stage.data, stage.name))
-            scored = score(
-                self.rewards(stage), answers, renderer.decode, runner=runner, stop_tokens=renderer.stop_tokens
-            )[0]
+        options = {**({"max_tokens": task.max_tokens} if task else {}), **stage.run.get("sampling", {})}
+        sampling = build(Sampling, options, what="sampling")
+        desk = Desk(renderer, sampler, sampling, stage.samples, self.recipe.seed, 0, self.world)
+        scored = desk.rollout(self.rows(stage.data, stage.name))
+        if judges:
+            values = task.values if task else None
+            with RewardRunner(max_failure_rate=0.5) as runner:
+                scored = score_everywhere(judges, scored, renderer, runner=runner, world=self.world, values=values)
         kept = _keep(scored, stage)
-        with atomic_folder(folder / "rows") as partial:
-            lines = [json.dumps({"id": f"{s.query}#{s.index}", "sample": sample_to_json(s)}) for s in kept]
-            (partial / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            write_manifest(partial, {"stage": stage.name})
+        if self.world.rank == 0:
+            with atomic_folder(folder / "rows") as partial:
+                lines = [json.dumps({"id": f"{s.query}#{s.index}", "sample": sample_to_json(s)}) + "\n" for s in kept]
+                (partial / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+                write_manifest(partial, {"stage": stage.name})
+        self.world.barrier(f"the rows of {stage.name}")
         right = [s.reward or 0.0 for s in scored if s.reward is not None]
         return {"samples": float(len(scored)), "kept": float(len(kept)), "reward": sum(right) / max(1, len(right))}
 
@@ -303,10 +313,12 @@ class Pipeline:
         from posttrain.models.load import load, save
         from posttrain.models.lora import merge
 
-        model, tokenizer = load(self.folder_of(str(stage.merge)))
-        with atomic_folder(folder / "model") as partial:
-            save(merge(model), tokenizer, partial)
-            write_manifest(partial, {"stage": stage.name})
+        if self.world.rank == 0:
+            model, tokenizer = load(self.folder_of(str(stage.merge)))
+            with atomic_folder(folder / "model") as partial:
+                save(merge(model), tokenizer, partial)
+                write_manifest(partial, {"stage": stage.name})
+        self.world.barrier(f"the model of {stage.name}")
         return {}
 
     # ------------------------------------------------------------------------------------------ evaluations
@@ -315,7 +327,9 @@ class Pipeline:
         from posttrain.experience import renderer_of
         from posttrain.models.load import load
 
-        path = self.out / "evaluations" / f"{name}.json"
+        others = [other for other in self.recipe.evaluate if name in other.of]
+        number = next(number for number, other in enumerate(others) if other is spec)
+        path = self.out / "evaluations" / (f"{name}.{number}.json" if number else f"{name}.json")
         inputs = {
             "spec": digest(spec.model_dump(exclude={"of"})),
             "model": self._hash_of(name),
@@ -333,7 +347,7 @@ class Pipeline:
             outcome = evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
         make_folders(path.parent)
         lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in outcome.records)
-        atomic_write(path.with_suffix(".jsonl"), lines + "\n")
+        atomic_write(path.with_name(path.name + "l"), lines + "\n")
         atomic_write(path, json.dumps({"inputs": inputs, "numbers": outcome.numbers}, indent=1))
         headline = outcome.numbers[0]
         self._say(

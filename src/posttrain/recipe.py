@@ -222,6 +222,8 @@ def _explained(error: ValidationError) -> str:
 def _check(recipe: Recipe, where: str) -> None:
     """Names are unique and refer back; every stage has one verb."""
     done: list[str] = ["base"]
+    if not recipe.stages and not recipe.evaluate:
+        raise ConfigError(f"{where} has neither stages nor evaluate; there is nothing to do")
     for stage in recipe.stages:
         verbs = [verb for verb in VERBS if getattr(stage, verb) is not None]
         if len(verbs) != 1:

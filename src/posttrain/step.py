@@ -73,9 +73,8 @@ class Tally:
         return {name: self.sums[name] / count for name, count in self.counts.items() if count}
 
 
-def _metric(batch: Batch, value: Tensor) -> tuple[float, float]:
-    """Sum and count of a metric: over trained tokens, live rows or pairs, by its shape."""
-    live = batch.mask.any(-1)
+def _metric(batch: Batch, value: Tensor, live: Tensor) -> tuple[float, float]:
+    """Sum and count of a metric: over trained tokens, live rows `[B]` or pairs, by its shape."""
     value = value.detach()
     if value.ndim == 2 and value.shape == batch.mask.shape:
         return float(value[batch.mask].sum()), float(batch.mask.sum())
@@ -111,12 +110,11 @@ def _seen(models: Mapping[str, LanguageModel], ready: Ready, batch: Batch, rows:
     return seen
 
 
-def _counts(ready: Ready, terms: Mapping[str, Term], cuts: Sequence[Tensor], world: World) -> dict[str, float]:
+def _counts(ready: Ready, terms: Mapping[str, Term], pieces: Sequence[Batch], world: World) -> dict[str, float]:
     """The denominator of every term over all micro-batches and ranks."""
     device = ready.batch.tokens.device
     counts = torch.zeros(len(terms), dtype=torch.float64, device=device)
-    for rows in cuts:
-        batch = ready.batch.rows(rows)
+    for batch in pieces:
         counts += torch.stack([term.reduce(batch)[1].to(torch.float64) for term in terms.values()])
     counts = world.all_sum(counts)
     return {name: float(count) for name, count in zip(terms, counts.tolist(), strict=True)}
@@ -136,13 +134,14 @@ def _scalar(
             found, wanted = tuple(values[name].shape), tuple(weights.shape)
             raise ConfigError(f"loss gave '{name}' the shape {found}; its reduction weighs {wanted}")
         live = weights != 0  # removed, not multiplied by zero: a masked value may be anything
-        summed = (torch.where(live, values[name], torch.zeros_like(values[name])) * weights).sum()
+        summed = (torch.where(live, values[name], 0) * weights).sum()
         if counts[name]:
             total = total + summed * (ready.weight * term.weight / counts[name])
             tally.add(ready.label(name), float(summed.detach()), 0.0)
+    rows = batch.mask.any(-1)  # [B]
     for name, value in values.items():
         if name not in terms:
-            tally.add(ready.label(name), *_metric(batch, value))
+            tally.add(ready.label(name), *_metric(batch, value, rows))
     return total
 
 
@@ -159,12 +158,12 @@ def accumulate(
     """Add the gradient of one part over the units `chosen` (this rank's) to the parameters' `.grad`."""
     cuts = micro_batches(ready.batch, chosen, token_budget)
     terms = ready.method.terms(ready.state)
-    counts = _counts(ready, terms, cuts, world)
+    pieces = [ready.batch.rows(rows) for rows in cuts]  # narrow tensors only: cut once, for counts and for the loss
+    counts = _counts(ready, terms, pieces, world)
     for name, count in counts.items():
         if world.rank == 0 and count:
             tally.add(ready.label(name), 0.0, count)
-    for rows in cuts:
-        batch = ready.batch.rows(rows)
+    for rows, batch in zip(cuts, pieces, strict=True):
         seen = _seen(models, ready, batch, rows, chunk_bytes)
         values = ready.method.loss(batch, seen, ready.state)
         total = _scalar(ready, batch, values, counts, tally)
@@ -177,7 +176,7 @@ def gradient_norm(parameters: Parameters) -> float:
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     if not grads:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
 
 
 def first_non_finite(parameters: Parameters) -> str | None:

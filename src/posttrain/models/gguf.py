@@ -18,14 +18,17 @@ DIGITS_APART = ("smollm",)
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Inside, transformers draws no progress bars."""
+    """Inside, transformers draws no progress bars, that of its GGUF conversion included, which has no switch."""
+    from transformers import modeling_gguf_pytorch_utils as conversion
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, bar = logging.is_progress_bar_enabled(), getattr(conversion, "tqdm", None)
     logging.disable_progress_bar()
+    conversion.tqdm = lambda items, **_: items  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        conversion.tqdm = bar  # type: ignore[attr-defined]
         if shown:
             logging.enable_progress_bar()
 

@@ -65,7 +65,9 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     if isinstance(found, Path) and (found / "adapter_config.json").is_file():
         if lora is not None or four_bit:
-            raise ConfigError(f"{found} holds LoRA adapters already; load it without lora and four_bit, or merge it first")
+            raise ConfigError(
+                f"{found} holds LoRA adapters already; leave lora (and four_bit) out to go on with them, or merge them first"
+            )
         base, tokenizer = load(_base_of(found), dtype=dtype, device=where, chat_template=None, **options)
         model = reopen(base, found)
         if (found / "tokenizer_config.json").is_file():

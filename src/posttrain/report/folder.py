@@ -52,11 +52,12 @@ def read_folder(folder: str | Path) -> RunFolder:
     if not root.is_dir():
         raise DataError(f"'{folder}' is not a folder: expected the folder of a run")
     notes: list[str] = []
+    alone = _is_stage(root)
     summary = _summary(root, notes)
     stages = []
     evaluated: list[dict[str, Any]] = []
     for entry in summary["stages"]:
-        place = _inside(root, entry["name"], notes)
+        place = root if alone else _inside(root, entry["name"], notes)
         metrics = [] if place is None else _lines(place / "metrics.jsonl", notes)
         samples = [] if place is None else _lines(place / "samples.jsonl", notes)
         evaluated += [row for row in samples if row.get("kind") == "evaluation"]
@@ -80,6 +81,7 @@ def _summary(root: Path, notes: list[str]) -> Summary:
         return read_summary(root)
     except DataError as error:
         stages = sorted((path.parent for path in root.glob("*/metrics.jsonl")), key=lambda path: path.stat().st_mtime)
+        stages = [root.resolve()] if _is_stage(root) else stages
         if not stages:
             raise
         missing = not (root / "summary.json").exists()
@@ -89,6 +91,11 @@ def _summary(root: Path, notes: list[str]) -> Summary:
             for stage in stages
         ]
         return Summary(name=root.resolve().name, seed=0, versions={}, stages=found, evaluations=[])
+
+
+def _is_stage(root: Path) -> bool:
+    """Is this the folder of one training stage by itself, rather than that of a pipeline?"""
+    return (root / "metrics.jsonl").is_file() and not (root / "summary.json").exists()
 
 
 def _inside(root: Path, name: str, notes: list[str]) -> Path | None:

@@ -7,8 +7,8 @@ splits, whatever the wording, the level or the seed. Problem i of a split depend
     >>> row = rows("test", 1)[0]
     >>> sorted(row)
     ['answer', 'completion', 'id', 'prompt', 'steps']
-    >>> verify(row["completion"][0]["content"], row)
-    Score(value=1.0)
+    >>> verify(row["completion"][0]["content"], row).value
+    1.0
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from posttrain.tasks.word_problem_templates import (
     Template,
 )
 from posttrain.types import Score, Unparseable, Verdict, Wrong
+from posttrain.tasks.word_problem_unseen import UNSEEN
 
 __all__ = ["LEVELS", "SPLITS", "Level", "Problem", "Step", "problem", "rows", "split_of", "verify", "worked_answer"]
 
@@ -60,16 +61,28 @@ class Level:
     """No result of a step is greater than this."""
     chained: float = 0.4
     """Share of problems that are chained stories; the others follow a fixed template."""
-    longest: int | None = None
-    """No worked answer has more pieces than this: words, digits, marks and tags, about the embedded model's tokens."""
+    unseen: float = 0.0
+    """Share of problems of kinds that the pre-training text does not show; these have their own number of steps."""
+    longest: tuple[int, int] | None = None
+    """Most pieces of a question and of a worked answer: words, digits, marks and tags, about the model's tokens."""
 
 
 LEVELS: dict[str, Level] = {
     "easy": Level(
         steps=((1, 0.5), (2, 0.5)), ranges={"small": (2, 5), "big": (3, 20), "huge": (10, 60)}, largest=100
     ),
-    "demo": Level(
+    "medium": Level(
         steps=((2, 0.5), (3, 0.5)), ranges={"small": (2, 9), "big": (4, 50), "huge": (20, 200)}, largest=300
+    ),
+    "demo": Level(
+        steps=((3, 1.0),), ranges={"small": (2, 12), "big": (10, 99), "huge": (50, 400)}, largest=999, longest=(60, 64)
+    ),
+    "new": Level(
+        steps=((2, 0.5), (3, 0.5)),
+        ranges={"small": (2, 9), "big": (4, 50), "huge": (20, 200)},
+        largest=600,
+        unseen=1.0,
+        longest=(60, 64),
     ),
     "wide": Level(
         steps=((1, 0.15), (2, 0.35), (3, 0.35), (4, 0.15)),
@@ -80,7 +93,7 @@ LEVELS: dict[str, Level] = {
         steps=((3, 0.5), (4, 0.5)), ranges={"small": (2, 12), "big": (10, 99), "huge": (50, 400)}, largest=999
     ),
 }
-"""Name -> level."""
+"""Name -> level. `wide` and `hard` are what the embedded model's pre-training text draws from."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +222,8 @@ def _work(template: Template, numbers: Mapping[str, int], largest: int) -> list[
 
 def _template(draw: Draw, num_steps: int, rules: Level) -> Template:
     """A chained story or a fixed template."""
+    if rules.unseen and draw.chance(rules.unseen):
+        return draw.one(UNSEEN)
     return _chain(draw, num_steps) if draw.chance(rules.chained) else draw.one(FIXED[num_steps])
 
 
@@ -222,8 +237,11 @@ def problem(split: str, index: int, *, level: str = "demo", seed: int = 0) -> Pr
     draw, rules = Draw(f"word-problems/{split}/{seed}/{level}/{index}"), LEVELS[level]
     while True:
         item = _candidate(draw, split, rules)
-        if rules.longest is None or len(_PIECES.findall(worked_answer(item))) < rules.longest:
-            return item  # with room for the token that ends the answer
+        if rules.longest is None:
+            return item
+        pieces = [len(_PIECES.findall(text)) for text in (item.question, worked_answer(item))]
+        if pieces[0] <= rules.longest[0] and pieces[1] < rules.longest[1]:  # with room for the token that ends it
+            return item
 
 
 def _candidate(draw: Draw, split: str, rules: Level) -> Problem:
@@ -274,7 +292,7 @@ def rows(split: str, n: int, *, level: str = "demo", seed: int = 0) -> list[dict
     return made
 
 
-_PIECES = re.compile(r"</?[a-z]+>|\$?<<|>>|[0-9]|[A-Za-z]+|[^\w\s]")
+_PIECES = re.compile(r"</?[a-z]+>|\$?<<|>>| (?=[0-9])|[0-9]|[A-Za-z]+|[^\w\s]")
 _TRIES = 1000  # draws of numbers before another template is taken
 _NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 _LONGEST = 32  # characters of an answer; longer ones are not read as numbers

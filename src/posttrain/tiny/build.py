@@ -201,8 +201,9 @@ class Trainer:
 
     def save(self, folder: Path, loss: float) -> None:
         """Write the model folder."""
-        facts = {**asdict(self.settings), **self.counts, "documents": self.counts["pool"] * POOL, "loss": loss}
-        save(self.model, self.tokenizer, folder, {k: str(v) if isinstance(v, Path) else v for k, v in facts.items()})
+        given = {f"{name} asked": value for name, value in asdict(self.settings).items() if name != "out"}
+        facts = {**given, **self.counts, "documents": self.counts["pool"] * POOL, "loss": loss}
+        save(self.model, self.tokenizer, folder, facts)
 
     def keep(self, path: Path) -> None:
         """Write everything that a resumed run needs, atomically."""

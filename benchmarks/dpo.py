@@ -1,0 +1,76 @@
+"""A DPO step: both answers of a pair through policy and reference."""
+
+from __future__ import annotations
+
+from posttrain.methods import DPO
+from posttrain.models.gemm import Precision
+from posttrain.models.model import LanguageModel
+
+from .measure import Row, Seconds, Side, clocked, paired
+from .sides import Engine, Setting, TrlLoop, ragged, sample, tokenizer, trl_settings, twin
+
+PAIRS, PROMPT = 4, 8
+Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
+
+
+def pairs(setting: Setting, *, low: int = 16, high: int = 256) -> list[list[Pair]]:
+    """Batches of 4 pairs; the first is for warming up."""
+    steps = 1 if setting.quick else 4
+    answers = ragged(2 * PAIRS * (steps + 1), low=low, high=40 if setting.quick else high, seed=1)
+    prompts = ragged(PAIRS * (steps + 1), low=PROMPT, high=PROMPT, seed=2)
+    every = [(prompts[i], answers[2 * i], answers[2 * i + 1]) for i in range(len(prompts))]
+    return [every[start : start + PAIRS] for start in range(0, len(every), PAIRS)]
+
+
+def ours(models: dict[str, LanguageModel], work: list[list[Pair]], precision: Precision) -> Side:
+    """This library's rounds."""
+    engine = Engine(models, DPO(), precision=precision)
+    samples = []
+    for batch in work:
+        rows = [(prompt, answer, str(i)) for i, (prompt, *both) in enumerate(batch) for answer in both]
+        samples.append([sample(p, a, group=group, index=n) for n, (p, a, group) in enumerate(rows)])
+
+    def steps() -> float:
+        for batch in samples[1:]:
+            engine.step(batch)
+        return float(len(samples) - 1)
+
+    def run() -> Seconds:
+        engine.step(samples[0])
+        return clocked(steps)
+
+    return run
+
+
+def trl(model: LanguageModel, reference: LanguageModel, work: list[list[Pair]]) -> Side:
+    """TRL's rounds, on the same tokens."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(**trl_settings(per_device_train_batch_size=PAIRS, max_steps=len(work), max_length=None))
+    text = Dataset.from_list([{"prompt": "1", "chosen": " 2", "rejected": " 3"}])
+    trainer = DPOTrainer(
+        model=twin(model), ref_model=twin(reference), args=config, train_dataset=text, processing_class=tokenizer()
+    )
+    every = [row for batch in work for row in batch]
+    trainer.train_dataset = Dataset.from_list([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), r, strict=True)) for r in every])
+    return TrlLoop(trainer, float(len(work) - 1))
+
+
+def rows(setting: Setting) -> list[Row]:
+    """The comparisons."""
+    work = pairs(setting)
+    found = []
+    cases: list[tuple[Precision, str]] = [
+        ("exact", "fp32 exact"),
+        ("fast", "fp32 oneDNN"),
+        ("bf16", "bf16 products, fp32 weights"),
+    ]
+    for precision, mine in cases:
+        what = f"{setting.shape}, batch {PAIRS} pairs, prompt {PROMPT}, answers of 16 to 256; ours packed, {mine}; TRL padded, fp32"
+        mines = {"policy": setting.model(), "reference": setting.model(seed=1).frozen_copy()}
+        sides = ours(mines, work, precision), trl(setting.model(), setting.model(seed=1), work)
+        found.append(
+            paired(f"dpo/{precision}", what, *sides, rounds=setting.rounds, peer_name="TRL DPOTrainer", unit="CPU ms/step")
+        )
+    return found
