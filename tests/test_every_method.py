@@ -246,7 +246,7 @@ def test_bfloat16_stays_finite_and_points_the_same_way(rig: Rig) -> None:
     rough = Rig(rig.part, dtype="bfloat16")
     with torch.no_grad():
         for name, model in rough.models.items():
-            model.load_weights({k: v for k, v in rig.models[name].weights()})
+            model.load_weights(dict(rig.models[name].weights()))
     found = rough.gradient(rough.batch())
     assert all(bool(torch.isfinite(g).all()) for g in found.values())
     one = torch.cat([g.flatten().double() for g in exact.values()])

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
+from posttrain.tasks.word_problem_rare import RARE
 from posttrain.tasks.word_problem_templates import (
     CLOSINGS,
     CONTAINERS,
@@ -33,7 +34,6 @@ from posttrain.tasks.word_problem_templates import (
     Template,
 )
 from posttrain.types import Score, Unparseable, Verdict, Wrong
-from posttrain.tasks.word_problem_unseen import UNSEEN
 
 __all__ = ["LEVELS", "SPLITS", "Level", "Problem", "Step", "problem", "rows", "split_of", "verify", "worked_answer"]
 
@@ -61,8 +61,8 @@ class Level:
     """No result of a step is greater than this."""
     chained: float = 0.4
     """Share of problems that are chained stories; the others follow a fixed template."""
-    unseen: float = 0.0
-    """Share of problems of kinds that the pre-training text does not show; these have their own number of steps."""
+    rare: float = 0.0
+    """Share of problems of rare kinds, which have their own number of steps."""
     longest: tuple[int, int] | None = None
     """Most pieces of a question and of a worked answer: words, digits, marks and tags, about the model's tokens."""
 
@@ -81,16 +81,20 @@ LEVELS: dict[str, Level] = {
         steps=((2, 0.5), (3, 0.5)),
         ranges={"small": (2, 9), "big": (4, 50), "huge": (20, 200)},
         largest=600,
-        unseen=1.0,
+        rare=1.0,
         longest=(60, 64),
     ),
     "wide": Level(
         steps=((1, 0.15), (2, 0.35), (3, 0.35), (4, 0.15)),
         ranges={"small": (2, 9), "big": (3, 50), "huge": (10, 200)},
         largest=300,
+        rare=0.1,
     ),
     "hard": Level(
-        steps=((3, 0.5), (4, 0.5)), ranges={"small": (2, 12), "big": (10, 99), "huge": (50, 400)}, largest=999
+        steps=((3, 0.5), (4, 0.5)),
+        ranges={"small": (2, 12), "big": (10, 99), "huge": (50, 400)},
+        largest=999,
+        rare=0.1,
     ),
 }
 """Name -> level. `wide` and `hard` are what the embedded model's pre-training text draws from."""
@@ -222,8 +226,8 @@ def _work(template: Template, numbers: Mapping[str, int], largest: int) -> list[
 
 def _template(draw: Draw, num_steps: int, rules: Level) -> Template:
     """A chained story or a fixed template."""
-    if rules.unseen and draw.chance(rules.unseen):
-        return draw.one(UNSEEN)
+    if rules.rare and draw.chance(rules.rare):
+        return draw.one(RARE)
     return _chain(draw, num_steps) if draw.chance(rules.chained) else draw.one(FIXED[num_steps])
 
 

@@ -1,4 +1,4 @@
-"""Word problems of kinds that the embedded model's pre-training text never shows: what the demo has to learn.
+"""The long tail: kinds of word problem that the embedded model's pre-training text shows seldom.
 
 Most need a fact that the question does not state (a week has 7 days, a spider 8 legs), or read a familiar sentence in
 another way. The notation is that of `word_problem_templates`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from posttrain.tasks.word_problem_templates import Template, template
 
-UNSEEN: tuple[Template, ...] = (
+RARE: tuple[Template, ...] = (
     template("weeks", "a:small b:small c:big",
              ["{N} saves {b} coins a day for {a} weeks and then spends {c}. How many coins are left?",
               "For {a} weeks {N} picks {b} {T} a day. {He} eats {c}. How many {T} are left?"],
@@ -20,7 +20,7 @@ UNSEEN: tuple[Template, ...] = (
              ["A farm has {a} cows and {b} hens. How many legs are there?",
               "How many legs do {a} cows and {b} hens have?"],
              ["x = a * 4 | The cows have # legs.", "y = b * 2 | The hens have # legs.", "z = x + y | There are # legs."]),
-    template("spiders", "a:small b:small",
+    template("spiders", "a:big b:big",
              ["{N} sees {a} spiders and {b} beetles. How many legs does {he} see?"],
              ["x = a * 8 | The spiders have # legs.", "y = b * 6 | The beetles have # legs.", "z = x + y | {N} sees # legs."]),
     template("fence", "a:big b:big c:small",
@@ -97,4 +97,4 @@ UNSEEN: tuple[Template, ...] = (
              ["x = a + b | The second day it is # miles.", "y = x + b | The third day it is # miles.",
               "z = a + x | Two days are # miles.", "w = z + y | {N} runs # miles."]),
 )  # fmt: skip
-"""Kinds of problem held out of the pre-training text."""
+"""Kinds of problem that are rare in the pre-training text and common at the demo's level."""
