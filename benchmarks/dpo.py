@@ -53,7 +53,8 @@ def trl(model: LanguageModel, reference: LanguageModel, work: list[list[Pair]]) 
         model=twin(model), ref_model=twin(reference), args=config, train_dataset=text, processing_class=tokenizer()
     )
     every = [row for batch in work for row in batch]
-    trainer.train_dataset = Dataset.from_list([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), r, strict=True)) for r in every])
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    trainer.train_dataset = Dataset.from_list([dict(zip(names, row, strict=True)) for row in every])
     return TrlLoop(trainer, float(len(work) - 1))
 
 

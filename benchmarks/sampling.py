@@ -35,7 +35,9 @@ def continuous(model: LanguageModel, prompts: Sequence[Sequence[int]], new: int)
     paging = ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=len(prompts) * PROMPT)
 
     def write(greedy: bool) -> list[list[int]]:
-        config = GenerationConfig(max_new_tokens=new, do_sample=not greedy, eos_token_id=-1, pad_token_id=0, temperature=1.0, top_k=0)
+        config = GenerationConfig(
+            max_new_tokens=new, do_sample=not greedy, eos_token_id=-1, pad_token_id=0, temperature=1.0, top_k=0
+        )
         found = module.generate_batch([list(p) for p in prompts], generation_config=config, continuous_batching_config=paging)
         return [list(output.generated_tokens) for output in found.values()]
 

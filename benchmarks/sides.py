@@ -167,4 +167,6 @@ def one_thread() -> None:
     transformers.logging.disable_progress_bar()
 
 
-__all__ = ["NOTHING", "Engine", "Setting", "TrlLoop", "one_thread", "quiet", "ragged", "sample", "tokenizer", "trl_settings", "twin"]
+__all__ = [
+    "NOTHING", "Engine", "Setting", "TrlLoop", "one_thread", "quiet", "ragged", "sample", "tokenizer", "trl_settings", "twin",
+]  # fmt: skip

@@ -88,14 +88,14 @@ def _sum(draw: Draw) -> tuple[int, str, int, int]:
     return (left, op, right, left * right) if op == "*" else (left * right, op, right, left)
 
 
-def _drills(draw: Draw, *unused: int) -> str:
+def _drills(draw: Draw, *_rest: int) -> str:
     """Several calculations in a row, in one of four notations."""
     notations = (("{} {} {} = {}", "\n"), ("{}{}{}={}", "; "), ("{} {} {} is {}", ". "), ("{}{}{}={}", " "))
     notation, between = draw.one(notations)
     return between.join(notation.format(*_sum(draw)) for _ in range(draw.between(3, 8)))
 
 
-def _equation(draw: Draw, *unused: int) -> str:
+def _equation(draw: Draw, *_rest: int) -> str:
     """An unknown, a comparison, a sequence or a number taken apart."""
     left, op, right, result = _sum(draw)
     step = draw.between(1, 9)
@@ -130,12 +130,12 @@ def _sentence(draw: Draw) -> str:
     ))  # fmt: skip
 
 
-def _english(draw: Draw, *unused: int) -> str:
+def _english(draw: Draw, *_rest: int) -> str:
     """A few plain sentences."""
     return " ".join(_sentence(draw) for _ in range(draw.between(2, 6)))
 
 
-def _story(draw: Draw, *unused: int) -> str:
+def _story(draw: Draw, *_rest: int) -> str:
     """Sentences with numbers and nothing to work out."""
     lines = []
     for _ in range(draw.between(2, 5)):
@@ -152,7 +152,7 @@ def _story(draw: Draw, *unused: int) -> str:
     return " ".join(lines)
 
 
-def _talk(draw: Draw, *unused: int) -> str:
+def _talk(draw: Draw, *_rest: int) -> str:
     """A chat about something else; the tags appear here, in other uses."""
     name, things, animal, place = draw.one(PEOPLE)[0], draw.one(THINGS), draw.one(ANIMALS), draw.one(PLACES)
     colour, size, other = draw.one(COLOURS), draw.one(SIZES), draw.one(ANIMALS)
