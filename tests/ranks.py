@@ -30,6 +30,7 @@ def runs(model: Path, out: Path) -> dict[str, Run]:
     return {
         "sft": small_run(SFT(), model, out / "sft", steps=20, **sft),
         "dpo": small_run(DPO(), model, out / "dpo", steps=6, **exact),
+        "dpo-few": small_run(DPO(), model, out / "dpo-few", steps=2, prompts_per_step=1, **exact),
         "grpo": small_run(GRPO(), model, out / "grpo", steps=4, updates=2, samples_per_prompt=4, **exact),
         "stopped": small_run(GRPO(), model, out / "stopped", steps=5, prompts_per_step=1, save_every=2, **exact),
     }

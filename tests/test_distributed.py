@@ -37,7 +37,7 @@ def two_ranks(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-@pytest.mark.parametrize(("name", "steps"), [("sft", 20), ("dpo", 6), ("grpo", 4)])
+@pytest.mark.parametrize(("name", "steps"), [("sft", 20), ("dpo", 6), ("dpo-few", 2), ("grpo", 4)])
 def test_losses_and_weights_are_those_of_one_rank(
     name: str, steps: int, two_ranks: Path, small_model: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ def test_a_non_finite_update_is_left_out_and_named(small_model: Path, tmp_path: 
         train(small_run(Breaks(at=(1,)), small_model, tmp_path / "run", save_every=1))
     steps = lines(tmp_path / "run")
     assert [step["skipped_updates"] for step in steps] == [0.0, 1.0, 0.0, 0.0]
-    replay = json.loads((tmp_path / "run/replay/step-00000001.json").read_text())
+    replay = json.loads((tmp_path / "run/replay/step-00000001-1.json").read_text())
     assert replay["first_non_finite"].startswith("policy/")
     rows = replay["parts"][0]["tokens"]
     assert len(rows) == 2
@@ -76,7 +76,7 @@ def test_too_many_in_a_row_stop_the_run(small_model: Path, tmp_path: Path) -> No
         train(run)
     assert len(lines(tmp_path / "run")) == 4
     replays = sorted(path.name for path in (tmp_path / "run/replay").iterdir())
-    assert replays == [f"step-{step:08d}.json" for step in (0, 2, 3, 4)]
+    assert replays == [f"step-{step:08d}-{n}.json" for step, n in ((0, 1), (2, 1), (3, 2), (4, 3))]
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -42,11 +42,9 @@ def restore(session: Session, saved: Saved) -> None:
     with torch.no_grad():
         for name, parameter in trained_parameters(session.models, session.run.method).items():
             parameter.copy_(tensors[f"weights:{name}"])
-    device = session.models["policy"].device
     for name, stepper in session.steppers.items():
         prefix = f"optimizer:{name}:"
         moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        moments = {k: v if k.endswith(":step") else v.to(device) for k, v in moments.items()}
         stepper.restore(moments, int(found["updates"][name]))
     remembered = {k.removeprefix("memory:"): v for k, v in tensors.items() if k.startswith("memory:")}
     session.memory = {**found["memory"], **remembered}

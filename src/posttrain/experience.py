@@ -45,16 +45,17 @@ class Desk:
     seed: int
     step: int
     world: World
+    numbered: int = 0
+    """Samples of this step that have their number already."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase (`render`, `sample`)."""
-    _next: int = 0
 
     def _spent(self, phase: str, since: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
 
     def _number(self, samples: list[Sample]) -> list[Sample]:
         """Give every sample its global number in this step, the key of counter-based randomness."""
-        first, self._next = self._next, self._next + len(samples)
+        first, self.numbered = self.numbered, self.numbered + len(samples)
         return [replace(sample, index=first + i) for i, sample in enumerate(samples)]
 
     def demonstrations(self, row: Row) -> list[Sample]:

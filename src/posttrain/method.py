@@ -115,11 +115,11 @@ class Part:
     supply: Callable[[State], Sequence[Row]] | None = None
     """Rows from the sum's own memory in place of a data set (a buffer of failures, say)."""
     optimizer: Optimizer | None = None
-    """Its own optimiser with its own moments; None: the one that all parts share."""
+    """Its own optimiser with its own moments, which makes it step alone; None: the one that all parts share."""
     clip: float | None = None
     """Its own gradient-norm limit, applied to its gradient before it is added to the others'."""
     alone: bool = False
-    """Steps by itself after the others, never in one update with them."""
+    """Steps by itself after the others, never in one update with them: one update a step, on the whole batch."""
 
     def weight_at(self, state: State) -> float:
         """The weight at this step; never negative or NaN.
@@ -131,6 +131,11 @@ class Part:
         if not weight >= 0:
             raise ConfigError(f"the weight of a part is {weight} at step {state.step}; expected a number >= 0")
         return weight
+
+
+def steps_alone(part: Part) -> bool:
+    """Does a part take updates of its own, after those that the others share?"""
+    return part.alone or part.optimizer is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,10 @@ class Sum(Method):
     def __post_init__(self) -> None:
         if not self.members:
             raise ConfigError("a Sum has no members; give at least one Part")
+        for name, part in self.members.items():
+            if list(part.method.parts()) != [""]:
+                kind = type(part.method).__name__
+                raise ConfigError(f"member '{name}' is a {kind}, which has parts of its own; a Sum takes plain methods")
 
     def views(self) -> dict[str, View]:
         """A sum reads nothing itself; its parts do."""

@@ -12,6 +12,7 @@ import torch
 
 from posttrain.files import atomic_write
 from posttrain.forward import read
+from posttrain.pack import units
 from posttrain.reads import entropy, logprob
 from posttrain.report.statistics import clustered_interval
 from posttrain.step import Ready
@@ -21,8 +22,11 @@ from posttrain.types import InfraError, Overlong, Sample, Unparseable, View
 def without_signal(ready: Ready) -> bool:
     """Do all groups of a part that compares answers hold equal rewards?  Then there is nothing to step on.
 
-    A KL or entropy term alone would still move the weights; a group without signal must not.
+    A KL or entropy term alone would still move the weights; a group without signal must not. A batch with nothing
+    left to train (every reward failed, say) has none either.
     """
+    if not units(ready.batch, ready.method.unit):
+        return True
     stats = ready.state.groups
     if ready.method.rows != "prompts" or stats is None or int(stats.count.max()) < 2:
         return False
@@ -34,7 +38,7 @@ def sample_metrics(samples: Sequence[Sample], part: str, *, groups: bool) -> dic
 
     Args:
         samples: Of one step.
-        part: Prefix of the names in a sum; the main part of a sum keeps the plain names too where it is the only one.
+        part: Prefix of the names, for a part of a sum beside which another one samples; "" for none.
         groups: Were they sampled in groups and scored?
     """
     if not samples:
@@ -55,7 +59,7 @@ def sample_metrics(samples: Sequence[Sample], part: str, *, groups: bool) -> dic
                 not any(isinstance(verdict, unread) for verdict in sample.verdicts.values()) for sample in scored
             ) / len(scored)
             found["signal"] = signal_share(scored)
-    return {f"{part}/{name}" if part and not groups else name: value for name, value in found.items()}
+    return {f"{part}/{name}" if part else name: value for name, value in found.items()}
 
 
 def signal_share(samples: Sequence[Sample]) -> float:
@@ -89,8 +93,10 @@ def watch(models: Mapping[str, Any], ready: Sequence[Ready], *, rows: int, start
     return {}
 
 
-def write_replay(out: Path, step: int, members: Sequence[tuple[Ready, Any]], culprit: str) -> str:
+def write_replay(out: Path, step: int, number: int, members: Sequence[tuple[Ready, Any]], culprit: str) -> str:
     """Write what an update that was left out had been made of, so that it can be looked into; returns where.
+
+    `number` counts the updates left out in a row, and `members` hold the units of all ranks.
 
     The file names the first tensor that was not finite, and each part's samples by number, with readings that are not finite.
     """
@@ -107,7 +113,7 @@ def write_replay(out: Path, step: int, members: Sequence[tuple[Ready, Any]], cul
                 "rewards": [float(ready.batch.rewards[row]) for row in rows],
             }
         )
-    path = out / "replay" / f"step-{step:08d}.json"
+    path = out / "replay" / f"step-{step:08d}-{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps({"step": step, "first_non_finite": culprit, "parts": parts}))
     return str(path)

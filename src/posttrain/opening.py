@@ -109,6 +109,9 @@ def first_look(
         samples = _rendered(desk, part.method, rows)
         asked = part.method.rows == "prompts"
         renderer.check(samples, imitates=part.method.imitates and not asked, prompts=asked)
+        if asked and limit and run.sampling.max_tokens >= limit:
+            found = f"max_tokens is {run.sampling.max_tokens} and the model's context has {limit} tokens"
+            raise ConfigError(f"{found}, which leaves no room for a prompt; lower max_tokens")
         _refuse_overlong(samples, limit - (run.sampling.max_tokens if asked else 0) if limit else 0)
         shown += samples[: run.show]
     if quiet or run.quiet:

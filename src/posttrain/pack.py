@@ -57,6 +57,7 @@ def pack(samples: Sequence[Sample], *, seed: int = 0, step: int = 0, dtype: torc
     mask = _rectangle([sample.trained for sample in samples], width, torch.bool)
     mask[:, 0] = False  # nothing stands before the first token, so nothing predicts it
     zeros: list[float] = []
+    names = dict.fromkeys(name for sample in samples for name in sample.columns)
     written = [sample.logprobs or zeros for sample in samples]
     truncated = [sample.sampled_logprobs or sample.logprobs or zeros for sample in samples]
     return Batch(
@@ -74,7 +75,7 @@ def pack(samples: Sequence[Sample], *, seed: int = 0, step: int = 0, dtype: torc
         truncated=torch.tensor([sample.finish == "length" for sample in samples]),
         advantages=torch.zeros(len(samples), width, dtype=dtype),
         returns=torch.zeros(len(samples), width, dtype=dtype),
-        columns={name: _column(name, samples, width, dtype) for name in samples[0].columns},
+        columns={name: _column(name, samples, width, dtype) for name in names},
         seed=seed,
         step=step,
     )

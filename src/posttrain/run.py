@@ -105,6 +105,10 @@ class Run:
         if self.evaluate_every and self.evaluation is None and not self.validation:
             found = f"evaluate_every is {self.evaluate_every} and there is nothing to evaluate"
             raise ConfigError(f"{found}; give an evaluation (a task has one) or validation rows")
+        imitated = any(part.method.rows != "prompts" for part in self.method.parts().values())
+        if self.evaluate_every and self.evaluation is None and not imitated:
+            name = type(self.method).__name__
+            raise ConfigError(f"{name} samples, so validation rows have no loss; give an evaluation (a task has one)")
         if self.lora is not None and self.lora.dropout:
             raise ConfigError(f"lora.dropout is {self.lora.dropout}, and runs train without dropout; leave it out")
         object.__setattr__(self, "rewards", tuple(self.rewards))

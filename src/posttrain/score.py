@@ -28,21 +28,22 @@ def group_stats(batch: Batch, pass_mark: float = 1.0) -> GroupStats:
     """
     number = int(batch.group.max()) + 1 if batch.num_rows else 0
     live = batch.mask.any(-1)
-    ones = live.to(batch.rewards.dtype)
-    total = torch.zeros(number, dtype=batch.rewards.dtype, device=batch.rewards.device)
+    rewards = batch.rewards.double()  # so that equal rewards have a spread of 0, not of float32's rounding
+    ones = live.to(rewards.dtype)
+    total = torch.zeros(number, dtype=rewards.dtype, device=rewards.device)
 
     def summed(values: Tensor) -> Tensor:
         return total.index_add(0, batch.group, values * ones)  # [B] -> [G]
 
     count = summed(torch.ones_like(ones))
-    mean = summed(batch.rewards) / count.clamp(min=1)
-    spread = summed((batch.rewards - mean[batch.group]) ** 2) / count.clamp(min=1)
+    mean = summed(rewards) / count.clamp(min=1)
+    spread = summed((rewards - mean[batch.group]) ** 2) / count.clamp(min=1)
     return GroupStats(
         group=torch.arange(number, device=total.device),
         count=count.long(),
-        passed=summed((batch.rewards >= pass_mark - 1e-9).to(ones.dtype)).long(),
-        mean=mean,
-        std=spread.sqrt(),
+        passed=summed((rewards >= pass_mark - 1e-9).to(ones.dtype)).long(),
+        mean=mean.to(batch.rewards.dtype),
+        std=spread.sqrt().to(batch.rewards.dtype),
         truncated=summed(batch.truncated.to(ones.dtype)).long(),
     )
 
@@ -80,10 +81,30 @@ def _read_once(
                     whole[rows, : value.shape[1]] = value
                 else:
                     whole[rows] = value
-    if world.size > 1:
-        # Every row was read by exactly one rank and is zero on the others, so the sum is the gathered reading.
-        out = {view: {name: world.all_sum(value) for name, value in values.items()} for view, values in out.items()}
-    return Readings.of(**out)
+    return Readings.of(**(_gathered(out, batch, world) if world.size > 1 else out))
+
+
+def _gathered(out: dict[str, dict[str, Tensor]], batch: Batch, world: World) -> dict[str, dict[str, Tensor]]:
+    """Readings of all ranks: each row was read by exactly one and is zero on the others, so the sum is the whole.
+
+    A rank with fewer units than others may have read nothing, or narrower rows: the ranks agree on every shape first.
+    """
+    own = {f"{view} {name}": value for view, values in out.items() for name, value in values.items()}
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
+    for rank in world.all_gather_json({key: [str(v.dtype), *v.shape[1:]] for key, v in own.items()}):
+        for key, (dtype, *shape) in rank.items():
+            dtypes[key] = dtype
+            shapes[key] = [max(pair) for pair in zip(shape, shapes.get(key, shape), strict=True)]
+    whole: dict[str, dict[str, Tensor]] = {view: {} for view in out}
+    for key in sorted(shapes):
+        dtype = getattr(torch, dtypes[key].removeprefix("torch."))
+        value = torch.zeros(batch.num_rows, *shapes[key], dtype=dtype, device=batch.tokens.device)
+        if key in own:
+            value[tuple(slice(size) for size in own[key].shape)] = own[key]
+        view, _, name = key.partition(" ")
+        whole[view][name] = world.all_sum(value)
+    return whole
 
 
 def prepare(
@@ -109,9 +130,12 @@ def prepare(
             which takes them from the live forward (same weights, same temperature, so the same numbers).
 
     Returns:
-        The credited batch, the readings for all its rows, and the state with the groups' statistics.
+        The credited batch, the readings for all its rows, and the state with the groups' statistics. A batch that
+        trains nothing comes back as it is, without readings; no update is to be made of it.
     """
     state = replace(state, groups=group_stats(batch))
+    if not units(batch, method.unit):
+        return batch, Readings(), state
     once = {
         name: view
         for name, view in method.views().items()

@@ -42,6 +42,7 @@ def score_everywhere(
             "place": place,
             "reward": sample.reward,
             "trained": any(sample.trained),
+            "info": {key: sample.info[key] for key in ("rewards",) if key in sample.info},
             "verdicts": {name: verdict_to_json(verdict) for name, verdict in sample.verdicts.items()},
         }
         for place, sample in zip(mine, scored, strict=True)
@@ -51,5 +52,6 @@ def score_everywhere(
         sample = out[record["place"]]
         verdicts = {name: verdict_from_json(value) for name, value in record["verdicts"].items()}
         trained = sample.trained if record["trained"] else [False] * len(sample)
-        out[record["place"]] = sample.with_(reward=record["reward"], verdicts=verdicts, trained=trained)
+        info = {**sample.info, **record["info"]}
+        out[record["place"]] = sample.with_(reward=record["reward"], verdicts=verdicts, trained=trained, info=info)
     return out

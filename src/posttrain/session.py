@@ -7,6 +7,7 @@ import json
 import math
 import time
 import warnings as python_warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from posttrain.experience import Desk, renderer_of
 from posttrain.files import atomic_folder, atomic_write, run_lock
 from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest
-from posttrain.method import Part, Sum
+from posttrain.method import Part, Sum, steps_alone
 from posttrain.opening import build_steppers, first_look, refuse_changed
 from posttrain.pack import pack, shuffled_minibatches, units
 from posttrain.report.journal import Journal
@@ -106,7 +107,7 @@ class Session:
     memory: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=200))
     skipped: int = 0
     saved: int = -1
 
@@ -205,9 +206,18 @@ class Session:
             rows=tuple(rows),
         )
 
-    def _desk(self) -> Desk:
+    def _desk(self, numbered: int) -> Desk:
         run = self.run
-        return Desk(self.renderer, self.sampler, run.sampling, run.samples_per_prompt, run.seed, self.step, self.world)
+        return Desk(
+            self.renderer,
+            self.sampler,
+            run.sampling,
+            run.samples_per_prompt,
+            run.seed,
+            self.step,
+            self.world,
+            numbered=numbered,
+        )
 
     def _cursor(self, part: Part) -> Cursor:
         name = part.data or next(iter(self.cursors))
@@ -217,7 +227,8 @@ class Session:
 
     def experience(self, phases: Phases) -> list[Work]:
         """Rows become samples, for every part that weighs something now."""
-        work = []
+        work: list[Work] = []
+        numbered = 0  # samples of this step so far: the key of their randomness
         for name, part in self.run.method.parts().items():
             weight = part.weight_at(self.state())
             if weight == 0:
@@ -228,8 +239,9 @@ class Session:
                 rows = self._cursor(part).next(self.run.prompts_per_step)
             if not rows:
                 continue
-            desk = self._desk()
+            desk = self._desk(numbered)
             samples = part.method.experience(desk, rows, self.state(name, rows))
+            numbered += len(samples)
             for phase, seconds in desk.seconds.items():
                 phases[phase] = phases.get(phase, 0.0) + seconds
             work.append(Work(name, part, weight, samples, rows))
@@ -255,10 +267,12 @@ class Session:
     def credit(self, work: list[Work], phases: Phases) -> list[Ready]:
         """Samples become batches with credit."""
         out = []
-        on_policy = self.run.updates == 1 and self.run.minibatches == 1
+        single = self.run.updates == 1 and self.run.minibatches == 1
+        together = any(not steps_alone(each.part) for each in work)
         with phases.of("credit"):
-            for each in work:
+            for place, each in enumerate(work):
                 method = each.part.method
+                first = not steps_alone(each.part) if together else place == 0  # nothing steps before this part
                 batch = pack(each.samples, seed=self.run.seed, step=self.step, dtype=self.real)
                 batch = batch.to(self.models["policy"].device)
                 batch, seen, state = prepare(
@@ -268,7 +282,7 @@ class Session:
                     self.state(each.name, each.rows),
                     token_budget=self.token_budget,
                     world=self.world,
-                    on_policy=on_policy,
+                    on_policy=single and first,
                 )
                 out.append(Ready(each.name, each.part, each.weight, batch, seen, state))
         return out
@@ -280,21 +294,21 @@ class Session:
             metrics |= monitor.watch(self.models, ready, rows=self.run.monitor, start=START)
         tally = Tally()
         live = [r for r in ready if not monitor.without_signal(r)]
-        together = [r for r in live if r.part.optimizer is None and not r.part.alone]
-        alone = [r for r in live if r.part.optimizer is not None or r.part.alone]
+        together = [r for r in live if not steps_alone(r.part)]
+        alone = [r for r in live if steps_alone(r.part)]
+        left_out = 0.0
         with phases.of("update"):
             for turn in range(self.run.updates):
                 cuts = {r.name: self._minibatches(r, turn) for r in together}
                 for number in range(max((len(c) for c in cuts.values()), default=0)):
-                    members = [
-                        (r, shard(cuts[r.name][number], self.world)) for r in together if number < len(cuts[r.name])
-                    ]
+                    members = [(r, cuts[r.name][number]) for r in together if number < len(cuts[r.name])]
                     metrics |= self._update(members, "", tally)
+                    left_out += metrics["skipped_updates"]
             for r in alone:
                 stepper = r.name if r.part.optimizer is not None else ""
-                metrics |= self._update([(r, shard(units(r.batch, r.method.unit), self.world))], stepper, tally)
-        metrics |= tally.means(self.world)
-        return metrics
+                metrics |= self._update([(r, units(r.batch, r.method.unit))], stepper, tally)
+                left_out += metrics["skipped_updates"]
+        return metrics | {"skipped_updates": left_out} | tally.means(self.world)
 
     def _minibatches(self, ready: Ready, turn: int) -> list[list[list[int]]]:
         key = (self.run.seed * 1_000_003 + self.step) * 1_009 + turn
@@ -305,7 +319,7 @@ class Session:
         outcome: Outcome = update(
             self.models,
             self.steppers[stepper],
-            members,
+            [(ready, shard(chosen, self.world)) for ready, chosen in members],
             token_budget=self.token_budget,
             chunk_bytes=CHUNK_BYTES,
             world=self.world,
@@ -316,18 +330,18 @@ class Session:
             self.skipped = 0
             return outcome.metrics | {"skipped_updates": 0.0}
         self.skipped += 1
-        where = monitor.write_replay(self.out, self.step, members, outcome.skipped)
-        message = (
-            f"step {self.step}: the gradient of '{outcome.skipped}' is not finite; the update is left out ({where})"
-        )
+        message = f"step {self.step}: the gradient of '{outcome.skipped}' is not finite; the update is left out"
+        if self.world.rank == 0:
+            where = monitor.write_replay(self.out, self.step, self.skipped, members, outcome.skipped)
+            message += f" ({where})"
         if self.skipped >= self.run.max_skipped:
             raise NumericsError(f"{message}; {self.skipped} updates in a row, so the run stops")
         python_warnings.warn(message, stacklevel=2)
         return outcome.metrics | {"skipped_updates": 1.0}
 
     def remember(self, ready: list[Ready], metrics: dict[str, float]) -> None:
-        """The method's memory after this step."""
-        method = self.run.method
+        """The method's memory after this step; what is not finite is not remembered."""
+        method, metrics = self.run.method, {k: v for k, v in metrics.items() if math.isfinite(v)}
         if isinstance(method, Sum):
             for each in ready:
                 prefix = f"{each.name}/"
@@ -341,14 +355,17 @@ class Session:
 
     def record(self, work: list[Work], metrics: dict[str, float], phases: Phases) -> None:
         """Write the step's numbers and a few of its samples."""
+        asked = [each for each in work if each.part.method.rows == "prompts"]
         for each in work:
-            metrics |= monitor.sample_metrics(each.samples, each.name, groups=each.part.method.rows == "prompts")
+            sampled = each.part.method.rows == "prompts"
+            name = "" if sampled and len(asked) == 1 else each.name
+            metrics |= monitor.sample_metrics(each.samples, name, groups=sampled)
         tokens = sum(len(s) for each in work for s in each.samples)
         metrics["tokens_per_second"] = tokens / max(1e-9, sum(phases.closed().values()))
         self.metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         rewards = [s.reward for each in work for s in each.samples if s.reward is not None]
         self.journal.step(self.step, metrics, phases=phases.closed(), rewards=rewards)
-        if self.world.rank == 0 and any(each.part.method.rows == "prompts" for each in work):
+        if self.world.rank == 0 and asked:
             self.journal.samples(self.step, [s for each in work for s in each.samples], self.renderer.decode, count=4)
         self.history.append({"step": self.step, **metrics})
 
@@ -356,7 +373,7 @@ class Session:
         """The live line, and warnings in words."""
         self.live.update(self.step - 1, metrics, phases.closed())
         if self.step % 5 == 0 or self.step == self.total_steps:
-            for warning in warnings_in_words(self.history[-200:]):
+            for warning in warnings_in_words(list(self.history)):
                 self.live.warn(warning)
 
     def evaluate(self, phases: Phases) -> None:
@@ -366,26 +383,28 @@ class Session:
             return
         with phases.of("evaluate"):
             found = held_out.losses(self) if run.validation else {}
-            value = -found["validation/loss"] if "validation/loss" in found else -math.inf
+            value = -held_out.criterion(found)
             if run.evaluation is not None and self.world.rank == 0:
                 policy = self.models["policy"]
                 outcome = run.evaluation.of(policy, self.tokenizer, self.renderer, model_name=f"step {self.step}")
                 value = found["evaluation"] = outcome.headline
-        if self.world.rank != 0:
-            return
-        self.journal.step(self.step - 1, found)
-        if value > self.best.get("value", -math.inf):
-            self.best = {"value": value, "step": float(self.step)}
-            self._save_model(self.out / "best")
+            if self.world.rank == 0:
+                self.journal.step(self.step - 1, found)
+                if value > self.best.get("value", -math.inf):
+                    self.best = {"value": value, "step": float(self.step)}
+                    self._save_model(self.out / "best")
+            self.world.barrier("the evaluation by rank 0", timeout_seconds=_ALONE_SECONDS)
 
     # ------------------------------------------------------------------------------------------ state
 
     def checkpoint(self, phases: Phases) -> None:
         """Save the whole state, when it is time."""
         every = self.run.save_every
-        if self.world.rank == 0 and every and self.step % every == 0:
+        if every and self.step % every == 0:
             with phases.of("save"):
-                self._save()
+                if self.world.rank == 0:
+                    self._save()
+                self.world.barrier("a save by rank 0", timeout_seconds=_ALONE_SECONDS)
 
     def _save(self) -> None:
         tensors, values = captured(self)
@@ -407,10 +426,12 @@ class Session:
                 self._save()
             if not whole(model, {"identity": self.identity, "step": self.step}):
                 self._save_model(model)
-        self.world.barrier("the final save")
+        self.world.barrier("the final save", timeout_seconds=_ALONE_SECONDS)
         best = self.out / "best"
         return model, best if best.exists() else None
 
+
+_ALONE_SECONDS = 6 * 3600.0  # what the other ranks grant rank 0 for an evaluation or a save
 
 _FREE = ("out", "save_every", "quiet", "show", "writers", "evaluate_every")
 """Settings that may differ when a run goes on: they do not touch the weights."""

@@ -253,9 +253,10 @@ class Stepper:
         """The inverse of `tensors`."""
         self.updates = updates
         for name, parameter in self.parameters.items():
-            moments = {
-                key: tensors[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in tensors
-            }
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in tensors]
+            moments = {key: tensors[f"{name}:{key}"].to(parameter.device) for key in keys}
+            if "step" in moments and not self.adam.defaults["fused"]:
+                moments["step"] = moments["step"].cpu()  # where the plain form wants it, whatever the device
             if moments:
                 self.adam.state[parameter] = moments
 

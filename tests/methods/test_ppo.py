@@ -163,8 +163,7 @@ def test_pretraining_is_one_more_part() -> None:
     assert parts["ptx"].weight == 27.8
     assert parts["ptx"].data == "pretraining"
     assert with_pretraining(PPO(), weight=0).parts()["ptx"].weight_at(State()) == 0
-    with pytest.raises(ConfigError, match="target_kl"):
-        with_pretraining(PPO(target_kl=6.0))
+    assert with_pretraining(PPO(target_kl=6.0, beta=0.2)).begin() == {"ppo/beta": 0.2}  # its KL weight adapts there too
 
 
 def test_views_follow_the_settings() -> None:

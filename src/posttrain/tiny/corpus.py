@@ -1,7 +1,7 @@
 """The text that the embedded base model reads: procedural, endless, and a function of (seed, index) alone.
 
 Half of it is worked solutions of word problems in eight formats, none of them the task's: `<think>...</think>` followed
-by `<answer>N</answer>` never occurs, and calculator annotations never meet an answer tag. Every word problem comes from
+by `<answer>N</answer>` never occurs, and calculator annotations occur in bare drills alone. Every word problem comes from
 the split `pretrain`, so that no template meets the numbers it has in a demonstration, an RL prompt or a test. The rest
 is arithmetic, equations, stories with numbers, plain sentences, and chats about other things that use the chat and
 think tags.
@@ -34,9 +34,9 @@ def chat(*turns: tuple[str, str]) -> str:
     return "".join(f"<|{role}|>{content}<|end|>" for role, content in turns)
 
 
-def _prose(item: Problem, calculation: str = "{left} {op} {right} = {result}") -> str:
+def _prose(item: Problem) -> str:
     """The worked solution as sentences."""
-    return " ".join(step.text(calculation=calculation) for step in item.steps)
+    return " ".join(step.text(calculation="{left} {op} {right} = {result}") for step in item.steps)
 
 
 def _equations(item: Problem, between: str) -> str:
@@ -67,7 +67,7 @@ def _worked(draw: Draw, seed: int, index: int) -> str:
         (lambda: f"Problem: {question}\n{_numbered(item)}\nResult: {answer}", 0.1),
         (lambda: f"{question}\n" + "\n".join(lines) + f"\nanswer: {answer}", 0.1),
         (lambda: f"{question} It is {answer}, because {_equations(item, ' and ')}.", 0.05),
-        (lambda: f"{question}\n{_prose(item, '<<{left}{op}{right}={result}>>{result}')}\n#### {answer}", 0.15),
+        (lambda: f"{question}\n{_prose(item)}\n#### {answer}", 0.15),
         (lambda: chat(("user", question), ("assistant", f"{_prose(item)} The answer is {answer}.")), 0.2),
         (lambda: chat(("user", question), ("assistant", f"{_equations(item, ', ')}. That makes {answer}.")), 0.1),
     )
@@ -89,8 +89,11 @@ def _sum(draw: Draw) -> tuple[int, str, int, int]:
 
 
 def _drills(draw: Draw, *_rest: int) -> str:
-    """Several calculations in a row, in one of four notations."""
-    notations = (("{} {} {} = {}", "\n"), ("{}{}{}={}", "; "), ("{} {} {} is {}", ". "), ("{}{}{}={}", " "))
+    """Several calculations in a row, in one of five notations."""
+    notations = (
+        ("{} {} {} = {}", "\n"), ("{}{}{}={}", "; "), ("{} {} {} is {}", ". "), ("{}{}{}={}", " "),
+        ("<<{0}{1}{2}={3}>>{3}", " "),
+    )  # fmt: skip
     notation, between = draw.one(notations)
     return between.join(notation.format(*_sum(draw)) for _ in range(draw.between(3, 8)))
 

@@ -97,11 +97,12 @@ class Study(Method):
 class ReLIFT(Method):
     """Prompts that no answer solved teach RL nothing; their demonstrations wait in a buffer and are imitated now and then.
 
-    Every step is an RL step.  Prompts whose answers all got the fail value join the buffer; once it holds
+    Every step is an RL step. Prompts whose answers all got the fail value join the buffer; once it holds
     `buffer_size` rows, that many are taken out and imitated in one step of their own, with an optimiser of their own,
-    at most once a step. Rows are prompts with at least 2 answers each, and each brings its demonstration
-    (`completion`). The public code divides the token sum by L_max alone, so that its step grows with the batch; here
-    it is the mean over answers. Left out: asking a teacher for a demonstration when it is needed.
+    in the step after the one that filled it. A row that fails again while it waits is not added twice. Rows are
+    prompts with at least 2 answers each, and each brings its demonstration (`completion`). The public code divides
+    the token sum by L_max alone, so that its step grows with the batch; here it is the mean over answers. Left out:
+    asking a teacher for a demonstration when it is needed.
 
     Source: "Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
     arXiv:2506.07527, algorithm 1; values from the scripts of TheRoadQaQ/ReLIFT (the paper's best `entropy` is 1e-4).
@@ -158,9 +159,16 @@ class ReLIFT(Method):
         new = [dict(state.rows[number]) for number in hardest(state.groups, self.fail_value)]
         if any("completion" not in row and "messages" not in row for row in new):
             raise DataError("no answer solved a prompt whose row has no 'completion' to imitate; add one to every row")
-        waiting = self.order(list(state.memory.get("buffer", ())), new)
+        again = {_identity(row) for row in new}
+        old = [row for row in state.memory.get("buffer", ()) if _identity(row) not in again]  # a row waits once
+        waiting = self.order(old, new)
         take = self.buffer_size if len(waiting) >= self.buffer_size else 0
         return {"buffer": waiting[take:], "due": waiting[:take]}
+
+
+def _identity(row: Row) -> str:
+    """What makes two rows the same question."""
+    return str(row.get("id") or row["prompt"])
 
 
 def _rows(rows: Any) -> Sequence[Row]:

@@ -116,7 +116,7 @@ class PPO(Method):
         return {
             "loss": clipped(ratio, batch.advantages, low=low, high=high),
             "value_loss": clipped_value_loss(value, old, batch.returns, clip=self.value_clip),
-            "kl": batch.columns["kl"],
+            "kl_per_answer": batch.columns["kl"],
             "value": value,
             "clip_fraction": was_clipped(ratio.detach(), batch.advantages, low=low, high=high),
             "entropy": seen.policy.entropy,
@@ -140,11 +140,6 @@ class PPO(Method):
 def with_pretraining(ppo: PPO, *, weight: float = 27.8, data: str = "pretraining") -> Sum:
     """PPO-ptx: every update also maximises the likelihood of pretraining text, `weight` (gamma_ptx) times.
 
-    Raises:
-        ConfigError: The KL weight adapts, which needs a memory of its own that a sum's parts do not have.
-
     Source: arXiv:2203.02155, equation 2; 27.8 with 8 times more pretraining examples than episodes (appendix C.4).
     """
-    if ppo.target_kl:
-        raise ConfigError(f"target_kl is {ppo.target_kl}; with pretraining the KL weight is fixed, so leave it at 0")
     return Sum(members={"ppo": Part(method=ppo), "ptx": Part(method=SFT(), weight=weight, data=data)})

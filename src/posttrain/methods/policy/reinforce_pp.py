@@ -80,7 +80,7 @@ class ReinforcePP(Method):
         low, high = self.clip_low, self.clip_high
         clip = was_clipped(ratio.detach(), batch.advantages, low=low, high=high)
         loss = clipped(ratio, batch.advantages, low=low, high=high)
-        return {"loss": loss, "kl": batch.columns["kl"], "clip_fraction": clip, "entropy": seen.policy.entropy}
+        return {"loss": loss, "kl_per_answer": batch.columns["kl"], "clip_fraction": clip, "entropy": seen.policy.entropy}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,5 +64,5 @@ class RLOO(Method):
     def loss(self, batch: Batch, seen: Readings, state: State) -> dict[str, Tensor]:
         """`[B, T]`: the cost of each token."""
         loss = -batch.advantages * torch.where(batch.mask, seen.policy.logprob, 0)
-        kl = {"kl": batch.columns["kl"]} if "kl" in batch.columns else {}
+        kl = {"kl_per_answer": batch.columns["kl"]} if "kl" in batch.columns else {}
         return {"loss": loss, **kl, "entropy": seen.policy.entropy}
