@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import ConfigError, nearest
 from posttrain.layout import Layout, layout
+from posttrain.prefixes import shared_layout
 from posttrain.types import At, Batch, Read, Readings, View
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Trained:
     def of(cls, batch: Batch, lay: Layout) -> Trained:
         """The trained tokens of `batch`, in row order."""
         row, position = batch.mask.nonzero(as_tuple=True)
-        return cls(row, position, lay.starts[row] + position - 1, (batch.num_rows, int(batch.tokens.shape[1])))
+        return cls(row, position, lay.at(row, position - 1), (batch.num_rows, int(batch.tokens.shape[1])))
 
     def scatter(self, values: Tensor) -> Tensor:
         """`[n, ...] -> [B, T, ...]`, zero where nothing is trained."""
@@ -146,18 +147,20 @@ def read(
     seen = given or Readings()
     wanted = wanted_beside(views) | set(keep)
     beside: dict[str, tuple[LanguageModel, Tensor]] = {}
-    plain: tuple[Layout, Trained] | None = None  # of `batch` itself, shared by all views without inputs of their own
+    laid: dict[bool, tuple[Layout, Trained]] = {}  # of `batch` itself: with common beginnings once, or rows whole
     for name, view in views.items():
         model = _model(models, view.model)
         if name in seen and name not in wanted:
             continue
         source = view.inputs(batch, seen) if view.inputs else batch
-        if source is not batch or plain is None:
-            lay = layout(source)
+        shares = _shares(model, view)
+        if source is not batch or shares not in laid:
+            lay = (shared_layout(source) if shares else None) or layout(source)
             trained = Trained.of(source, lay)
-            plain = (lay, trained) if source is batch else plain
+            if source is batch:
+                laid[shares] = (lay, trained)
         else:
-            lay, trained = plain
+            lay, trained = laid[shares]
         if name in seen:
             kept = getattr(getattr(seen, name), BESIDE)
             beside[name] = (model, kept[trained.row, trained.position])
@@ -171,6 +174,15 @@ def read(
                 values.pop(BESIDE)
         seen = seen.plus(name, values)
     return seen
+
+
+def _shares(model: LanguageModel, view: View) -> bool:
+    """May rows that begin alike be read with that beginning once?  Not where a view looks at, or changes, whole rows.
+
+    On a GPU the kernel for packed rows takes whole rows.
+    """
+    whole = view.embeddings is not None or any(quantity.source == "attention" for quantity in view.reads)
+    return model.decoder is not None and model.device.type == "cpu" and not whole
 
 
 def _read_view(
@@ -205,7 +217,7 @@ def _read_view(
     for quantity in by_source.get("hidden", []):
         values[quantity.name] = trained.scatter(quantity.fn(model, before, at))
     for quantity in by_source.get("row", []):
-        values[quantity.name] = quantity.fn(model, trunk.hidden, lay.starts)
+        values[quantity.name] = quantity.fn(model, trunk.hidden, lay.ends)
     for quantity in by_source.get("attention", []):
         values[quantity.name] = quantity.fn(trunk.attention[quantity.layer], batch)
     if keep:

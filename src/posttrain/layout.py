@@ -18,6 +18,15 @@ from posttrain.types import Batch
 
 
 @dataclass(frozen=True, eq=False)
+class Behind:
+    """Rows of a batch as segments of a layout: row b is segment `first + b`, which may stand behind another one."""
+
+    segment: Tensor  # [B] int64 segment that holds the row's first tokens; -1: none, the row is whole
+    length: Tensor  # [B] int64 tokens of that segment, 0 where there is none
+    first: int  # segments before those of the rows
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The real tokens of `B` rows, one row after another.
 
@@ -38,6 +47,7 @@ class Layout:
     width: int  # T, at least max(sizes): the width of the batch that this lays out
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # [N, ...] model inputs beyond tokens
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # index tensors worked out once for this layout
+    behind: Behind | None = None  # where rows share their first tokens, the rows above are segments; see `prefixes`
 
     @property
     def num_rows(self) -> int:
@@ -66,6 +76,20 @@ class Layout:
     def flat(self) -> Tensor:
         """[N] int64: the place of each token in the padded batch `[B, T]` read row by row."""
         return self.row * self.width + self.positions
+
+    def at(self, row: Tensor, position: Tensor) -> Tensor:
+        """`[n]` places in the pack of tokens given by their row of the batch and position in it, `[n]` each."""
+        if self.behind is None:
+            return self.starts[row] + position
+        length = self.behind.length[row]
+        shared = self.starts[self.behind.segment[row].clamp(min=0)] + position
+        own = self.starts[self.behind.first + row] + position - length
+        return torch.where(position < length, shared, own)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """`[B]` int64 places in the pack of the rows' last tokens."""
+        return self.starts[1:] - 1 if self.behind is None else self.starts[self.behind.first + 1 :] - 1
 
     def scatter(self, values: Tensor, *, fill: float = 0.0) -> Tensor:
         """`[N, ...] -> [B, T, ...]`, with `fill` where there is no token; differentiable."""

@@ -105,7 +105,8 @@ def units(batch: Batch, unit: Unit) -> list[list[int]]:
 def micro_batches(batch: Batch, chosen: Sequence[Sequence[int]], token_budget: int) -> list[Tensor]:
     """Units cut into micro-batches of at most `token_budget` real tokens (a larger unit goes alone).
 
-    Longest first, so that rows of like length meet (their attention is one batched call) and memory peaks at the start.
+    Longest first, so that rows of like length meet (their attention is one batched call) and memory peaks at the start;
+    but units of one group side by side, so that they are read behind one copy of their prompt.
 
     Args:
         batch: The whole batch.
@@ -116,7 +117,13 @@ def micro_batches(batch: Batch, chosen: Sequence[Sequence[int]], token_budget: i
         Row numbers of each micro-batch, `[b]` int64.
     """
     lengths = batch.lengths.tolist()
-    order = sorted(range(len(chosen)), key=lambda u: (-max(lengths[row] for row in chosen[u]), u))
+    groups = batch.group.tolist()
+    size_of = [max(lengths[row] for row in unit) for unit in chosen]
+    of_group: dict[int, int] = {}
+    for unit, size in zip(chosen, size_of, strict=True):
+        of_group[groups[unit[0]]] = max(size, of_group.get(groups[unit[0]], 0))
+    group_of = [groups[unit[0]] for unit in chosen]
+    order = sorted(range(len(chosen)), key=lambda u: (-of_group[group_of[u]], group_of[u], -size_of[u], u))
     cut: list[list[int]] = []
     room = 0
     for u in order:

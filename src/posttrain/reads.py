@@ -75,9 +75,8 @@ def _value(model: Any, hidden: Tensor, at: At) -> Tensor:  # noqa: ARG001
     return _scalar(model, hidden, "value")
 
 
-def _reward(model: Any, hidden: Tensor, starts: Tensor) -> Tensor:
-    last = (starts[1:] - 1).clamp(min=0)
-    return _scalar(model, hidden[last], "reward")
+def _reward(model: Any, hidden: Tensor, ends: Tensor) -> Tensor:
+    return _scalar(model, hidden[ends], "reward")
 
 
 def _attention_to_prompt(probabilities: Tensor, batch: Batch) -> Tensor:

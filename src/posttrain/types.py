@@ -254,7 +254,7 @@ class Read:
     - `"logits"`: `fn(logits [n, V] float, at: At) -> [n, ...]`, read for the trained tokens only (predicting token t), in
       chunks that are recomputed in the backward pass.  Zero elsewhere.  Result: `[B, T, ...]`.
     - `"hidden"`: `fn(model, hidden [n, D], at: At) -> [n, ...]`: the state *before* each trained token.  Result `[B, T, ...]`.
-    - `"row"`: `fn(model, hidden [N, D], starts [B + 1]) -> [B, ...]`: whole rows, row b is `hidden[starts[b]:starts[b + 1]]`.
+    - `"row"`: `fn(model, hidden [N, D], ends [B]) -> [B, ...]`: whole rows, by the state of their last token, `hidden[ends]`.
     - `"attention"`: `fn(probabilities [B, H, T, T], batch) -> [B, T]`, of the layer `layer` (negative counts from the end).
     """
 

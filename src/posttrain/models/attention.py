@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from posttrain.layout import Layout
+from posttrain.layout import Behind, Layout
 
 PADDING = 0.12
 """The largest share of padding in a group of rows."""
+PREFIX_PADDING = 0.4
+"""The same for the common beginnings that rows stand behind, whose padding costs less than one more call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,8 @@ class Group:
     first: int  # where its tokens start, when they stand together in the pack and need no padding; -1 otherwise
     index: Tensor  # [b * t] int64 place in the pack, padding repeats the row's last token; empty when `first` >= 0
     real: Tensor  # [n] int64 places in [b * t] of its real tokens; empty when no row of the group is padded
+    keys: Tensor | None = None  # [b * s] int64 places of the keys, where rows stand behind others; None: as the queries
+    before: tuple[int, ...] = ()  # b tokens that each row stands behind, or one number for all
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,29 +76,60 @@ def plan(layout: Layout) -> Plan:
 
 
 def _plan(layout: Layout) -> Plan:
-    sizes, offsets, device = layout.sizes, layout.offsets, layout.tokens.device
-    empty = torch.empty(0, dtype=torch.int64, device=device)
-    groups, order = [], []
-    for rows in groups_of(sizes):
-        order += rows
-        width = max(sizes[row] for row in rows)
-        even = all(sizes[row] == width for row in rows)
-        together = rows == list(range(rows[0], rows[0] + len(rows)))
-        if even and together:
-            groups.append(Group(len(rows), width, offsets[rows[0]], empty, empty))
-            continue
-        lengths = torch.tensor([sizes[row] for row in rows], device=device)[:, None]  # [b, 1]
-        starts = torch.tensor([offsets[row] for row in rows], device=device)[:, None]
-        place = torch.arange(width, device=device)[None, :]  # [1, t]
-        index = (starts + torch.minimum(place, lengths - 1)).flatten()  # [b * t]
-        real = empty if even else (place < lengths).flatten().nonzero()[:, 0]  # [n]
-        groups.append(Group(len(rows), width, -1, index, real))
+    whole, tails = list(range(layout.num_rows)), list[list[int]]()
+    if layout.behind is not None:
+        in_front = _in_front(layout.behind, layout.num_rows)
+        whole = [segment for segment, other in enumerate(in_front) if other < 0]
+        behind = [segment for segment, other in enumerate(in_front) if other >= 0]
+        fronts = groups_of(tuple(layout.sizes[in_front[segment]] for segment in behind), padding=PREFIX_PADDING)
+        for alike in fronts:
+            cut = groups_of(tuple(layout.sizes[behind[number]] for number in alike))
+            tails += [[behind[alike[number]] for number in group] for group in cut]
+    sets = [[whole[number] for number in group] for group in groups_of(tuple(layout.sizes[row] for row in whole))]
+    groups = [_group_of(layout, rows) for rows in sets]
+    groups += [_tail_of(layout, rows, [in_front[row] for row in rows]) for rows in tails]
+    order = [row for rows in [*sets, *tails] for row in rows]
     if order == sorted(order):
         return Plan(tuple(groups), None)
+    offsets, device = layout.offsets, layout.tokens.device
     moved = torch.cat([torch.arange(offsets[row], offsets[row + 1]) for row in order]).to(device)  # [N]
     back = torch.empty_like(moved)
     back[moved] = torch.arange(moved.shape[0], device=device)
     return Plan(tuple(groups), back)
+
+
+def _in_front(behind: Behind, segments: int) -> list[int]:
+    """For every segment the one that it stands behind, or -1."""
+    return [-1] * behind.first + behind.segment.tolist()[: segments - behind.first]
+
+
+def _places(layout: Layout, rows: list[int], width: int) -> Tensor:
+    """`[b, width]` int64 places in the pack; padding repeats a row's last token."""
+    device = layout.tokens.device
+    lengths = torch.tensor([layout.sizes[row] for row in rows], device=device)[:, None]
+    starts = torch.tensor([layout.offsets[row] for row in rows], device=device)[:, None]
+    return starts + torch.minimum(torch.arange(width, device=device)[None, :], lengths - 1)
+
+
+def _group_of(layout: Layout, rows: list[int]) -> Group:
+    """A group of rows that stand behind nothing."""
+    sizes, device = layout.sizes, layout.tokens.device
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    width = max(sizes[row] for row in rows)
+    even = all(sizes[row] == width for row in rows)
+    if even and rows == list(range(rows[0], rows[0] + len(rows))):
+        return Group(len(rows), width, layout.offsets[rows[0]], empty, empty)
+    lengths = torch.tensor([sizes[row] for row in rows], device=device)[:, None]  # [b, 1]
+    real = empty if even else (torch.arange(width, device=device) < lengths).flatten().nonzero()[:, 0]  # [n]
+    return Group(len(rows), width, -1, _places(layout, rows, width).flatten(), real)
+
+
+def _tail_of(layout: Layout, rows: list[int], fronts: list[int]) -> Group:
+    """A group of rows that stand behind others: their keys are the other's tokens, then their own."""
+    plain, sizes = _group_of(layout, rows), layout.sizes
+    before = [sizes[front] for front in fronts]
+    columns = torch.cat((_places(layout, fronts, max(before)), _places(layout, rows, plain.width)), 1)  # [b, s]
+    return replace(plain, keys=columns.flatten(), before=tuple(before) if len(set(before)) > 1 else (before[0],))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None = None) -> Tensor:
@@ -112,7 +147,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, win
         `[N, H * d]`.
     """
     kernel = _varlen(q)
-    if kernel is not None:
+    if kernel is not None and layout.behind is None:
         return _attend_varlen(kernel, q, k, v, layout, scale=scale, window=window)
     the_plan = plan(layout)
     if the_plan.groups and the_plan.groups[0].rows == layout.num_rows and the_plan.groups[0].first == 0:
@@ -126,14 +161,20 @@ def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float, windo
     """One batched call: the attended real tokens of a group, `[n, H * d]`, in the order of its rows."""
     count = group.rows * group.width
 
-    def cut(x: Tensor) -> Tensor:  # [N, h, d] -> [b, h, t, d]
-        some = x.narrow(0, group.first, count) if group.first >= 0 else x.index_select(0, group.index)
-        return some.view(group.rows, group.width, x.shape[1], x.shape[2]).transpose(1, 2)
+    def cut(x: Tensor, index: Tensor, first: int = -1) -> Tensor:  # [N, h, d] -> [b, h, t, d]
+        some = x.narrow(0, first, count) if first >= 0 else x.index_select(0, index)
+        return some.view(group.rows, -1, x.shape[1], x.shape[2]).transpose(1, 2)
 
-    mask = window_mask(group.width, window, q.device) if window is not None and group.width > window else None
+    queries = cut(q, group.index, group.first)
+    if group.keys is None:
+        keys, values = (cut(x, group.index, group.first) for x in (k, v))
+        mask = window_mask(group.width, window, q.device) if window is not None and group.width > window else None
+    else:
+        keys, values = (cut(x, group.keys) for x in (k, v))
+        mask = tail_mask(group.before, group.width, window, q.device)
     repeats = q.shape[1] // k.shape[1]
-    keys, values = repeat_heads(cut(k), repeats), repeat_heads(cut(v), repeats)
-    out = scaled_dot_product_attention(cut(q), keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+    keys, values = repeat_heads(keys, repeats), repeat_heads(values, repeats)
+    out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
     flat = out.transpose(1, 2).reshape(count, -1)  # [b, H, t, d] -> [b * t, H * d]
     return flat.index_select(0, group.real) if group.real.numel() else flat
 
@@ -153,6 +194,25 @@ def window_mask(width: int, window: int, device: torch.device) -> Tensor:
         place = torch.arange(width, device=device)
         distance = place[:, None] - place[None, :]
         return (distance >= 0) & (distance < window)
+
+
+@lru_cache(maxsize=16)
+def tail_mask(before: tuple[int, ...], width: int, window: int | None, device: torch.device) -> Tensor:
+    """`[b, 1, t, s]` bool (b may be 1), True where query i of a row may look at column j.
+
+    The first max(before) columns are what the row stands behind, of which it has `before` tokens; then come its own.
+    """
+    with torch.inference_mode(False):
+        longest = max(before)
+        place = torch.arange(width, device=device)
+        own = place[:, None] >= place[None, :]  # [t, t]
+        length = torch.tensor(before, device=device)[:, None, None]  # [b, 1, 1]
+        column = torch.arange(longest, device=device)
+        front = (column < length).expand(-1, width, -1)  # [b, t, P]
+        if window is not None:
+            own = own & (place[:, None] - place[None, :] < window)
+            front = front & (length + place[:, None] - column < window)
+        return torch.cat((front, own.expand(len(before), -1, -1)), -1)[:, None]
 
 
 def probabilities(q: Tensor, k: Tensor, layout: Layout, *, scale: float, window: int | None = None) -> Tensor:
