@@ -110,6 +110,20 @@ def test_prompt_that_leaves_no_room_for_an_answer(refused: Callable[..., str], t
     assert f"do not fit {CONTEXT - 120} tokens" in text
 
 
+def test_the_smaller_of_max_length_and_context_limits(refused: Callable[..., str], tmp_path: Path) -> None:
+    """And the advice is about the one that does."""
+    rows = [*demonstrations(2), {"id": "endless", "prompt": "why? " * CONTEXT, "completion": "So."}]
+    path = str(jsonl(tmp_path / "rows.jsonl", rows))
+    for given in ((), (f"max_length={CONTEXT}",), (f"max_length={100 * CONTEXT}",)):
+        text = refused("train", "sft", *given, "-d", path, kind=DataError)
+        assert f"1 of 3 rows do not fit {CONTEXT} tokens" in text
+        assert "take a model with a longer context" in text
+        assert "raise max_length" not in text
+    text = refused("train", "sft", f"max_length={CONTEXT // 2}", "-d", path, kind=DataError)
+    assert f"do not fit {CONTEXT // 2} tokens" in text
+    assert "raise max_length" in text
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Templates.
 
@@ -229,6 +243,7 @@ def faulty(tmp_path: Path) -> Callable[..., Reward]:
     return lambda name, **fields: load_reward(f"{path}:{name}", **fields)
 
 
+@pytest.mark.filterwarnings("ignore:reward 'hangs'")
 @pytest.mark.parametrize(("name", "verdict"), [("raises", "infraerror"), ("nan", "infraerror"), ("hangs", "timeout")])
 def test_failed_rewards_mask_their_sample_alone(
     name: str, verdict: str, faulty: Callable[..., Reward], small_model: Path, tmp_path: Path

@@ -63,6 +63,30 @@ def test_one_method_with_its_options() -> None:
     assert "dpo" in call("methods").output
 
 
+def test_the_options_of_every_run_are_listed_with_a_method() -> None:
+    """With the words that stand under the fields; `train --help` says where."""
+    text = call("methods", "grpo").output
+    lines_ = ("steps=None    Rollout steps", "temperature=1.0    What logits", "lr=None    Peak learning", "lora.r=16    The rank")
+    for line in lines_:
+        assert line in text
+    assert "  quiet=" not in text, "what has an option of its own is not set by key=value"
+    assert "posttrain methods grpo" in call("train", "--help").output
+
+
+def test_version() -> None:
+    import posttrain
+
+    assert call("--version").stdout.strip() == f"posttrain {posttrain.__version__}"
+
+
+def test_the_help_says_what_every_option_is() -> None:
+    group: Any = get_command(app)
+    for name, command in group.commands.items():
+        for parameter in command.params:
+            assert parameter.help or parameter.name == "help", f"{name}: {parameter.name} has no help"
+    assert "gym:NAME" in call("evaluate", "--help").output
+
+
 def test_recipes_as_json() -> None:
     found = json.loads(call("run", "--list", "--json").stdout)
     recipe = next(row for row in found if row["name"] == "word-problems")
@@ -207,6 +231,103 @@ def test_chat(small_model: Path) -> None:
     assert ended.output.count("model: ") == 1
 
 
+def test_chat_from_a_pipe_has_no_prompt(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "you: " not in call("chat", small_model, "--max-tokens", "4", given="Hello\n\n").output
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "")
+    monkeypatch.setattr("posttrain.quick.sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    from posttrain.quick import talk
+
+    talk(str(small_model), system="", temperature=0.7, max_tokens=4, seed=0)
+    assert asked == ["you: "]
+
+
+def test_train_says_what_to_do_next(small_model: Path, rows: Path, tmp_path: Path) -> None:
+    command = ["train", "sft", "steps=1", "prompts_per_step=2", "-m", small_model, "-d", rows]
+    said = call(*command, "-o", tmp_path / "run").stdout
+    assert "(1 step, " in said
+    chat, report = said.splitlines()[-2:]
+    assert chat == f"Next: posttrain chat {tmp_path / 'run/model'}"
+    assert report == f"      posttrain report {tmp_path / 'run'}"
+    assert "was finished before, nothing to do" in call(*command, "-o", tmp_path / "run").stdout
+    judged = call("train", "sft", "steps=1", "-m", small_model, "-t", "word-problems", "-n", "2", "-o", tmp_path / "task").stdout
+    assert f"Next: posttrain evaluate -m {tmp_path / 'task/model'} -t word-problems\n" in judged
+
+
+def test_a_reward_model_is_not_talked_to(small_model: Path, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "pairs.jsonl", pairs())
+    said = call("train", "bradley_terry", *SHORT, "-m", small_model, "-d", path, "-o", tmp_path / "run").stdout
+    assert "posttrain chat" not in said
+    assert "| loss " in said
+    assert "| reward " not in said
+    with pytest.warns(UserWarning, match="is a reward model"):
+        call("sample", "max_tokens=3", "-m", tmp_path / "run/model", "-p", "Hello")
+
+
+def test_a_recipe_says_what_to_do_next(small_model: Path, rows: Path, tmp_path: Path) -> None:
+    stage = f"{{name: a, train: sft, data: {{file: {rows}}}, run: {{steps: 1, prompts_per_step: 2}}}}"
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nmodel: {small_model}\nstages:\n- {stage}\n")
+    said = call("run", tmp_path / "mine.yaml", "-o", tmp_path / "out").stdout
+    assert said.splitlines()[-1] == f"Next: posttrain chat {tmp_path / 'out/a/model'}"
+
+
+def test_an_interrupted_run_says_what_is_kept(
+    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.session import Session
+
+    show = Session.show
+
+    def interrupted(self: Session, *arguments: Any) -> None:
+        show(self, *arguments)
+        if self.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "show", interrupted)
+    common = ["train", "sft", "steps=5", "prompts_per_step=2", "-m", small_model, "-d", rows, "-q"]
+    for every, words in ((2, "saved up to step 2; the same command goes on"), (0, "nothing is saved yet")):
+        words_ = [str(w) for w in (*common, f"save_every={every}", "-o", tmp_path / f"run-{every}")]
+        result = CliRunner().invoke(app, words_)
+        assert result.exit_code == 130
+        assert f"Stopped: {words}" in result.stderr
+
+
+def test_a_file_beside_a_task_is_told(small_model: Path, rows: Path, tmp_path: Path) -> None:
+    common = ["steps=1", "prompts_per_step=2", "-m", small_model, "-d", rows, "-t", "word-problems"]
+    said = call("train", "grpo", "samples_per_prompt=2", "max_tokens=4", *common, "-o", tmp_path / "rl").stderr
+    assert f"rows from {rows}, rewards from word-problems" in said
+    said = call("train", "sft", *common, "-o", tmp_path / "sft").stderr
+    assert f"rows from {rows}; word-problems gives nothing else here" in said
+
+
+def test_rows_that_are_not_well_formed_can_be_left_out(small_model: Path, tmp_path: Path) -> None:
+    empty = {"prompt": "x", "completion": ""}
+    path = jsonl(tmp_path / "rows.jsonl", [*demonstrations(4), empty, empty])
+    for command in (["train", "sft", *SHORT, "-q", "-o", tmp_path / "run"], ["sample", "max_tokens=2"]):
+        given = [*command, "-m", small_model, "-d", path]
+        result = CliRunner().invoke(app, [str(word) for word in given])
+        assert "--skip-invalid" in str(result.exception)
+        with pytest.warns(UserWarning, match="2 of 6 rows of .* were left out"):
+            call(*given, "--skip-invalid")
+    with pytest.warns(UserWarning, match="2 of 6 rows of .* were left out"):
+        call("doctor", small_model, path, "--skip-invalid")
+
+
+def test_rendered_rows_have_a_head_and_pairs_are_told_apart(small_model: Path, tmp_path: Path) -> None:
+    long = {**pairs(1)[0], "chosen": "yes " * 400}
+    path = jsonl(tmp_path / "pairs.jsonl", [*pairs(3), long])
+    common = ["-m", small_model, "-n", "3", "-d", path, "-o", tmp_path / "run"]
+    said = call("train", "dpo", "steps=1", "show=2", *common)
+    lines_ = said.stderr.splitlines()
+    assert "2 of 3 pairs as the model sees them:" in lines_
+    assert [line.split(":")[0] for line in lines_ if line.startswith(("chosen", "rejected"))] == ["chosen", "rejected"] * 2
+    result = CliRunner().invoke(app, ["doctor", str(small_model), str(jsonl(path, [*pairs(1), long])), "--show", "5"])
+    text = "".join(result.stdout.splitlines())
+    assert "2 of 2 pairs as the model sees them:" in text
+    assert " tokens ... " in text
+    assert text.count("yes ") < 400
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Errors.
 
@@ -233,6 +354,14 @@ def said(arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["evaluate", "-t", "word-problem"], ["'word-problems'"]),
         (["sample"], ["--prompt"]),
         (["train", "sft", "r=8", "-t", "word-problems"], ["'r'"]),
+        (["train", "sft", "steps=two", "-t", "word-problems"], ["steps=100"]),
+        (["train", "dpo", "-t", "word-problems"], ["pairs", "word-problems gives demonstrations", "--data pairs.jsonl"]),
+        (["methods", "word-problems"], ["recipe", "posttrain run word-problems"]),
+        (["evaluate", "-d", "qa.jsonl"], ["reads no file", "leave out --data"]),
+        (["doctor", "tiny", "qa.jsonl", "-t", "word-problems"], ["reads no file"]),
+        (["sample", "-p", "hi", "-d", "rows.jsonl"], ["--prompt and --data"]),
+        (["sample", "-d", "rows.jsonl", "-t", "word-problems"], ["--data and --task"]),
+        (["run", "word-problems", "--small", "stages.rl.run.stps=2"], ["stage 'rl'", "'steps'"]),
     ],
 )
 def test_errors_are_one_line_with_the_nearest_name(
@@ -245,6 +374,88 @@ def test_errors_are_one_line_with_the_nearest_name(
     assert len(text.strip().splitlines()) == 1
     for word in words:
         assert word in text, text
+
+
+COMMANDS_WITH_OUT = (
+    ["train", "sft", "steps=1", "-t", "word-problems"],
+    ["evaluate", "-n", "2"],
+    ["run", "word-problems", "--small"],
+    ["sample", "-p", "hi"],
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_OUT, ids=lambda c: c[0])
+def test_an_output_that_cannot_be_made_is_one_line_and_no_work(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("posttrain.models.load.load", never)
+    (tmp_path / "afile").write_text("")
+    for out in (tmp_path / "afile" / "below", Path("/proc/foo/bar")):
+        code, text = said([*command, "-o", out], monkeypatch, capsys)
+        assert code == 2
+        assert len(text.strip().splitlines()) == 1
+        assert str(out).split("/bar")[0].split("/below")[0] in text
+
+
+def test_what_the_disk_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("posttrain.cli.app", full)
+    code, text = said([], monkeypatch, capsys)
+    assert (code, text) == (2, "posttrain: error: [Errno 28] No space left on device: 'somewhere'\n")
+
+
+def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import warnings
+
+    def warn() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning("slow today", UserWarning, "file.py", 3)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # what main sets is taken back
+    monkeypatch.setattr("posttrain.cli.app", warn)
+    assert said([], monkeypatch, capsys) == (0, "warning: slow today\n")
+
+
+RAISES = OWN.replace("-self.scale * seen", "self.over(0) * seen") + """
+    def over(self, what):
+        return self.scale / what
+"""
+
+
+def test_an_error_of_ones_own_method_is_its_line(
+    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(RAISES)
+    spec, line = f"{tmp_path / 'mine.py'}:Scaled", RAISES.splitlines().index("        return self.scale / what") + 1
+    command = ["train", spec, *SHORT, "-m", small_model, "-d", rows, "-q", "-o", tmp_path / "run"]
+    code, text = said(command, monkeypatch, capsys)
+    assert code == 2
+    assert text.startswith(f"posttrain: method error: method Scaled (mine.py:{line}, in over): ZeroDivisionError: ")
+    assert len(text.strip().splitlines()) == 1
+    trace = (tmp_path / "run/error.txt").read_text()
+    assert "mine.py" in trace
+    assert "Traceback" in trace
+    stage = f"{{name: a, train: '{spec}', data: {{file: {rows}}}, run: {{steps: 1, prompts_per_step: 2}}}}"
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nmodel: {small_model}\nstages:\n- {stage}\n")
+    code, text = said(["run", tmp_path / "mine.yaml", "-o", tmp_path / "out", "-q"], monkeypatch, capsys)
+    assert f"(mine.py:{line}, in over)" in text
+    assert (tmp_path / "out/a/error.txt").is_file()
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_a_count_below_one_is_refused_by_its_own_name(
+    count: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = said(["evaluate", "-n", count], monkeypatch, capsys)
+    assert code == 2
+    assert "--count" in text
 
 
 def test_unknown_flag_and_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,33 @@ def test_a_runs_own_fields_are_checked_too(changes: dict[str, object], words: st
     assert run.method == GRPO()
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("tensorboard", ("tensorboard",)), ("tensorboard, wandb", ("tensorboard", "wandb")), (["wandb"], ("wandb",))],
+)
+def test_one_value_stands_for_a_list_of_one_and_commas_for_more(given: object, read: tuple[str, ...]) -> None:
+    common = {"method": DPO(), "data": demonstrations(2), "out": "x"}
+    assert build(Run, {**common, "writers": given}).writers == read
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": "two"}, "expected a whole number, for instance steps=100"),
+        ({"steps": 1.5}, "expected a whole number"),
+        ({"epochs": "two"}, "expected a number, for instance epochs=0.1"),
+        ({"quiet": "perhaps"}, "expected true or false"),
+        ({"dtype": "float31"}, "expected 'float32', 'float64' or 'bfloat16'"),
+        ({"models": "tiny"}, "expected names and values"),
+        ({"writers": {"a": 1}}, "expected a list, for instance writers=a,b"),
+    ],
+)
+def test_wrong_values_are_told_in_words(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        build(Run, {"method": DPO(), "data": demonstrations(2), "out": "x", **values})
+    assert "input should" not in str(error.value)
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(ConfigError, match="Run needs 'data'"):
         build(Run, {"method": DPO(), "out": "x"})

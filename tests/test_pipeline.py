@@ -303,6 +303,49 @@ def test_settings_of_a_stage_are_refused_by_name(change: Any, words: str, small_
     assert not list(tmp_path.glob("out/*/model"))
 
 
+SAMPLE = {"name": "write", "sample": "answers", "data": {"split": "train", "count": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t["stages"][1]["run"].update(stps=2), "stage 'rl' has no option 'stps'.*'steps'"),
+        (lambda t: t["stages"][1]["run"].update(steps="many"), "stage 'rl'.steps is 'many'"),
+        (lambda t: t["stages"][1].update(method={"betta": 1}), "grpo has no option 'betta'"),
+        (lambda t: t["stages"][1]["run"].update(optimizer={"lrr": 1}), "'lrr'.*'lr'"),
+        (lambda t: t["stages"][1]["run"]["sampling"].update(top=1), "'top'.*'top_p'"),
+        (lambda t: t["stages"][1]["run"].update(lora={"rr": 1}), "'rr'.*'r'"),
+        (lambda t: t["stages"][1]["run"].update(samples_per_prompt=1), "at least 2"),
+        (lambda t: t["stages"][1].update(rewards=["none.py:mine"]), "none.py"),
+        (lambda t: t["stages"][1].update(train="none.py:Mine"), "none.py"),
+        (lambda t: t["stages"][1].update(data={"split": "trian", "count": 1}), "'trian'.*'train'"),
+        (lambda t: t["stages"][1].update(data={"file": "none.jsonl"}), "none.jsonl"),
+        (lambda t: t["stages"][1].update(train="dpo"), "stage 'rl': dpo learns from a better and a worse answer"),
+        (lambda t: t["stages"][1].update(models={"critic": "cold-start"}), "grpo reads no model 'critic'"),
+        (lambda t: t["stages"][1].update(models={"reference": "./none/at/all"}), "none/at/all is not a folder"),
+        (lambda t: t["evaluate"][0].update(split="tset"), "'tset'.*'test'"),
+        (lambda t: t["stages"].append({**SAMPLE, "run": {"a": 1}}), "run.a"),
+        (lambda t: t["stages"].append({**SAMPLE, "keep": "al"}), "'al'.*'all'"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    change: Any, words: str, small_model: Path, tmp_path: Path
+) -> None:
+    tree = two_stages(small_model)
+    change(tree)
+    with pytest.raises((ConfigError, DataError), match=words):
+        make(tree, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_file_that_cannot_be_run_is_named(small_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import os\n\nos.no_such_thing\n")
+    tree = two_stages(small_model)
+    tree["stages"][1]["train"] = f"{tmp_path / 'broken.py'}:Mine"
+    with pytest.raises(ConfigError, match=r"broken.py could not be run \(AttributeError at line 3\)"):
+        make(tree, tmp_path / "out")
+
+
 def test_changes_by_path(small_model: Path) -> None:
     recipe = parse_recipe(two_stages(small_model), changes={"seed": 3, "stages.rl.run.steps": 7, "evaluate.0.count": 5})
     assert (recipe.seed, recipe.stages[1].run["steps"], recipe.evaluate[0].count) == (3, 7, 5)

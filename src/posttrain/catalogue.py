@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
@@ -55,16 +56,23 @@ def catalogue() -> list[dict[str, Any]]:
 
 
 def described(name: str) -> str:
-    """A method's docstring and its options with their defaults and help.
+    """A method's docstring, its options, and those of every run, with their defaults and help.
 
     Raises:
         ConfigError: There is no such method.
     """
     import inspect
 
+    from posttrain.method import Optimizer
     from posttrain.methods import METHODS, method
-    from posttrain.options import field_help
+    from posttrain.models.lora import Lora
+    from posttrain.quick import GIVEN
+    from posttrain.recipe import shipped
+    from posttrain.run import Run
+    from posttrain.types import Sampling
 
+    if name not in METHODS and name in shipped():
+        raise ConfigError(f"'{name}' is a recipe, not a method: posttrain run {name}")
     if name not in METHODS:
         raise ConfigError(f"there is no method '{name}'{nearest(name, METHODS)}")
     cls = method(name)
@@ -73,18 +81,37 @@ def described(name: str) -> str:
         "",
         inspect.cleandoc(cls.__doc__ or ""),
         "",
-        "Options:",
+        f"Options, as key=value behind `posttrain train {name}`:",
+        *_options(cls),
+        "",
+        "Run:",
+        *_options(Run, without=GIVEN),
+        "",
+        "Sampling (of methods that sample):",
+        *_options(Sampling),
+        "",
+        "Optimizer (optimizer.lr=1e-4, or lr=1e-4):",
+        *_options(Optimizer),
+        "",
+        "Lora (with --lora; lora.r=8):",
+        *_options(Lora, prefix="lora."),
     ]
-    helps = field_help(cls)
-    for field in fields(cls):
-        value = (
-            field.default
-            if field.default is not MISSING
-            else (field.default_factory() if field.default_factory is not MISSING else "")
-        )
-        shown = getattr(value, "__name__", value)
-        text.append(f"  {field.name}={shown}    {helps.get(field.name, '')}")
     return "\n".join(text)
+
+
+def _options(cls: type, *, without: Sequence[str] = (), prefix: str = "") -> list[str]:
+    """The fields of a class as lines: name, default, help."""
+    from posttrain.options import field_help
+
+    helps, lines = field_help(cls), []
+    for field in fields(cls):
+        if field.name in without or not field.init:
+            continue
+        value: Any = "" if field.default is MISSING else field.default
+        if field.default_factory is not MISSING:
+            value = field.default_factory()
+        lines.append(f"  {prefix}{field.name}={getattr(value, '__name__', value)}    {helps.get(field.name, '')}".rstrip())
+    return lines or ["  none"]
 
 
 def markdown() -> str:

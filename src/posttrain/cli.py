@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,23 +30,43 @@ Data = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Rows: a file (JSONL, JSON, CSV, Parquet), a datasets folder or hub name."),
 ]
-TaskOption = Annotated[str | None, typer.Option("--task", "-t", help="A task: word-problems, gsm8k, gym:<data set>.")]
+TaskOption = Annotated[str | None, typer.Option("--task", "-t", help="A task: word-problems, gsm8k, gym:NAME.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; running again continues there.")]
-Count = Annotated[int | None, typer.Option("--count", "-n", help="How many rows or questions.")]
+Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="How many rows or questions.")]
 Map = Annotated[list[str] | None, typer.Option("--map", help="Rename a column: new=old (repeat for more).")]
 Rewards = Annotated[
-    list[str] | None, typer.Option("--reward", "-r", help="A reward: file.py:function (repeat for more).")
+    list[str] | None,
+    typer.Option("--reward", "-r", help="A reward: file.py:function, its deadline as @5s, its weight as *0.5 (repeat for more)."),
 ]
+SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Leave rows that are not well formed out, and count them.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 Options = Annotated[
     list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from posttrain import __version__
+
+        print(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="The version, and nothing else.")
+    ] = False,
+) -> None:
+    """What stands before every command."""
+
+
 @app.command()
 def demo(
     out: Out = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Seed = 0,
     small: Annotated[bool, typer.Option("--small", help="A few steps only: shows the way, proves nothing.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -88,20 +111,21 @@ def _run(recipe: str, out: Path, *, small: bool, changes: dict[str, Any], quiet:
     from posttrain.pipeline import run_recipe
     from posttrain.recipe import load_recipe
 
-    report = run_recipe(load_recipe(recipe, small=small, changes=changes), out, quiet=quiet)
+    loaded = load_recipe(recipe, small=small, changes=changes)
+    with _interruptible(out):
+        report = run_recipe(loaded, out, quiet=quiet)
     if not quiet:
         from posttrain.report.summary import read_summary
 
         numbers = read_summary(out)["evaluations"]
-        rows = [
-            {**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"}
-            for n in numbers
-        ]
-        if rows:
-            _table(rows, ("model", "metric", "value", "interval", "n"))
+        if numbers:
+            _table(_shown(numbers), ("model", "metric", "value", "interval", "n"))
         if small:
             print("This was the small form: it shows the way and is too short for a claim.")
         print(f"The report: {report}")
+        models = [out / stage.name / "model" for stage in loaded.stages if stage.verb != "sample"]
+        if models:
+            _next(f"posttrain chat {models[-1]}")
 
 
 @app.command()
@@ -115,6 +139,7 @@ def train(
     map_: Map = None,
     reward: Rewards = None,
     out: Out = None,
+    skip_invalid: SkipInvalid = False,
     lora: Annotated[
         bool, typer.Option("--lora", help="Train an adapter (extra 'peft'); lora.r=16 sets its fields.")
     ] = False,
@@ -126,12 +151,15 @@ def train(
 ) -> None:
     """Train one stage. key=value sets any field of the method, the run, its optimizer or its sampling.
 
+    All of them with defaults and help: `posttrain methods grpo`.
+
     Examples: `posttrain train sft -m tiny -d rows.jsonl epochs=3`;
     `posttrain train grpo -m runs/sft/model -t word-problems steps=100`;
     `posttrain train dpo -m smollm2 -d pairs.jsonl beta=0.2 --lora`.
     """
-    from posttrain.quick import training_run
-    from posttrain.run import train as start
+    from posttrain.blame import own_code
+    from posttrain.quick import next_commands, training_run
+    from posttrain.run import train as begin
 
     run = training_run(
         own or method,
@@ -145,10 +173,14 @@ def train(
         out=out or Path("runs") / Path(method).stem,
         lora=lora,
         quiet=quiet,
+        skip_invalid=skip_invalid,
     )
-    result = start(run)
+    with _interruptible(Path(run.out)), own_code(run.out):
+        result = begin(run)
     if not quiet:
-        print(f"The model: {result.model}   ({result.steps} steps, {result.seconds:.0f} s)")
+        steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
+        print(f"The model: {result.model}   ({steps}, {result.seconds:.0f} s)")
+        _next(*next_commands(run, result.model, task=task, data=data))
 
 
 @app.command()
@@ -158,12 +190,13 @@ def sample(
     task: TaskOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One question in place of a file.")] = None,
     count: Count = None,
-    samples: Annotated[int, typer.Option("--samples", "-k", help="Answers to each prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Answers to each prompt.")] = 1,
     settings: Options = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .jsonl file; standard output when left out.")
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
+    skip_invalid: SkipInvalid = False,
 ) -> None:
     """Write answers to prompts as JSONL, with log-probabilities and, for a task, the verdict.
 
@@ -182,6 +215,7 @@ def sample(
         settings=settings or [],
         out=out,
         seed=seed,
+        skip_invalid=skip_invalid,
     )
 
 
@@ -191,34 +225,34 @@ def evaluate(
     task: TaskOption = "word-problems",
     data: Data = None,
     count: Count = 200,
-    samples: Annotated[int, typer.Option("--samples", "-k", help="Also mean@k and pass@k over k sampled answers.")] = 0,
-    split: str = "test",
-    out: Out = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-k", min=0, help="Also mean@k and pass@k over k sampled answers.")
+    ] = 0,
+    split: Annotated[str, typer.Option(help="Which of the task's splits: train, validation, test, ...")] = "test",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for evaluation.json and answers.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Accuracy of a model on a task with 95 % intervals.
 
     Examples: `posttrain evaluate -m runs/demo/rl/model -n 500 -k 8`; `posttrain evaluate -m smollm2 -t gsm8k -d test.jsonl`.
     """
+    from posttrain.files import atomic_write, make_folders
     from posttrain.quick import evaluated
 
+    if out is not None:
+        make_folders(out)
     outcome = evaluated(
         model=model, task=task or "word-problems", data=data, count=count, samples=samples, split=split, seed=seed
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.json").write_text(json.dumps(outcome.numbers, indent=1), encoding="utf-8")
+        atomic_write(out / "evaluation.json", json.dumps(outcome.numbers, indent=1))
         lines = [json.dumps(record, ensure_ascii=False) for record in outcome.records]
-        (out / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        atomic_write(out / "answers.jsonl", "\n".join(lines) + "\n")
     if as_json:
         print(json.dumps(outcome.numbers, indent=1))
         return
-    rows = [
-        {**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"}
-        for n in outcome.numbers
-    ]
-    _table(rows, ("metric", "value", "interval", "n"))
+    _table(_shown(outcome.numbers), ("metric", "value", "interval", "n"))
 
 
 @app.command()
@@ -227,9 +261,9 @@ def chat(
         str, typer.Argument(help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")
     ] = "tiny",
     system: Annotated[str, typer.Option(help="A system message.")] = "",
-    temperature: float = 0.7,
-    max_tokens: int = 256,
-    seed: int = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Seed = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends.
 
@@ -277,7 +311,8 @@ def doctor(
     data: Annotated[str | None, typer.Argument(help="A file of rows.")] = None,
     task: TaskOption = None,
     map_: Map = None,
-    show: Annotated[int, typer.Option(help="How many rendered rows to show.")] = 3,
+    show: Annotated[int, typer.Option(min=0, help="How many rendered rows to show.")] = 3,
+    skip_invalid: SkipInvalid = False,
 ) -> None:
     """Render examples in colour and say what is wrong before a run does.
 
@@ -285,11 +320,40 @@ def doctor(
     """
     from posttrain.quick import examined
 
-    raise typer.Exit(examined(model, data=data, task=task, rename=map_ or [], show=show))
+    found = examined(model, data=data, task=task, rename=map_ or [], show=show, skip_invalid=skip_invalid)
+    raise typer.Exit(found)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _shown(numbers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of evaluations as a table has them."""
+    return [
+        {**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"} for n in numbers
+    ]
+
+
+def _next(*commands: str) -> None:
+    """What one would write now."""
+    for number, command in enumerate(commands):
+        print(f"{'' if number else 'Next:':5} {command}")
+
+
+@contextlib.contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Ctrl-C says what is kept of the runs in a folder, and how they go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from posttrain.quick import newest_save
+
+        found = newest_save(out)
+        where = f" of '{found[0]}'" if found and found[0] else ""
+        kept = f"saved up to step {found[1]}{where}; the same command goes on" if found else "nothing is saved yet"
+        print(f"\nStopped: {kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -303,13 +367,22 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of this library are one clear line, everything else is a traceback."""
+    """Entry point: errors of this library, and of the disk, are one clear line, everything else is a traceback."""
+    warnings.showwarning = _warning
     try:
         app()
     except PosttrainError as error:
         kind = "option" if isinstance(error, ConfigError) else type(error).__name__.removesuffix("Error").lower()
         print(f"posttrain: {kind} error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        print(f"posttrain: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the place in the code that gave it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
     ├── NumericsError (ArithmeticError) too many non-finite updates: names tensor, sample and layer
     ├── WorldError (RuntimeError)       a rank died or did not arrive in time: names the wait and the ranks
     ├── RewardError (RuntimeError)      the rewards' infrastructure failed above the allowed rate
+    ├── MethodError (RuntimeError)      a method of the user's own file raised: names file, line and function
     └── NotRead (AttributeError)        a method asked for a reading that its views do not declare
 
 Every message says what was found, what was expected, and what to write instead.
@@ -56,6 +57,10 @@ class WorldError(PosttrainError, RuntimeError):
 
 class RewardError(PosttrainError, RuntimeError):
     """The rewards' infrastructure (not the policy) failed more often than the run allows."""
+
+
+class MethodError(PosttrainError, RuntimeError):
+    """A method of the user's own raised; the message names its file, line and function."""
 
 
 class NotRead(PosttrainError, AttributeError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.data.colour import coloured
+from posttrain.data.colour import coloured, legend
 from posttrain.distributed.world import World
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.experience import Desk
@@ -70,13 +70,36 @@ def refuse_changed(out: Path, settings: Mapping[str, Any], *, free: Sequence[str
         )
 
 
-def show_samples(samples: Sequence[Sample], tokenizer: Any, console: Console | None = None) -> None:
-    """Rendered samples in colour, on standard error."""
+LONGEST = 600
+"""Characters of a rendered sample that are shown, about; its middle is left out beyond."""
+
+
+def show_samples(
+    samples: Sequence[Sample], tokenizer: Any, console: Console | None = None, *, rows: int, pairs: bool = False, total: int
+) -> None:
+    """The samples of the first rows in colour, on standard error; the two answers of a pair are told apart.
+
+    Args:
+        samples: Of all rows or of the first; those of one row share a group, and a pair's chosen answer comes first.
+        tokenizer: Whose tokens they are.
+        console: Where to.
+        rows: How many rows to show.
+        pairs: Are they pairs?
+        total: How many rows there are.
+    """
     from rich.console import Console
+    from rich.text import Text
 
     where = console or Console(stderr=True, soft_wrap=True)
-    for number, sample in enumerate(samples):
-        where.print(coloured(sample, tokenizer, with_legend=number == 0))
+    groups = list(dict.fromkeys(sample.group for sample in samples))[: max(0, rows)]
+    if not groups:
+        return
+    noun = ("pair" if pairs else "row") + ("" if total == 1 else "s")
+    where.print(f"{len(groups):,} of {total:,} {noun} as the model sees {'it' if total == 1 else 'them'}:", style="bold")
+    where.print(legend())
+    for number, sample in enumerate(sample for sample in samples if sample.group in groups):
+        label = ("chosen: ", "rejected: ")[number % 2] if pairs else ""
+        where.print(Text(label, style="bold").append_text(coloured(sample, tokenizer, with_legend=False, longest=LONGEST)))
 
 
 def first_look(
@@ -97,9 +120,9 @@ def first_look(
         DataError: Rows do not fit the context; nothing is cut in silence.
     """
     policy = models["policy"]
-    limit = run.max_length or int(getattr(policy.config, "max_position_embeddings", 0) or 0)
+    context = int(getattr(policy.config, "max_position_embeddings", 0) or 0)
     desk = Desk(renderer, None, run.sampling, run.samples_per_prompt, run.seed, 0, World())
-    shown: list[Sample] = []
+    rendered: list[tuple[list[Sample], bool, int]] = []
     for part in run.method.parts().values():
         if part.supply is not None:
             continue
@@ -109,32 +132,41 @@ def first_look(
         samples = _rendered(desk, part.method, rows)
         asked = part.method.rows == "prompts"
         renderer.check(samples, imitates=part.method.imitates and not asked, prompts=asked)
-        if asked and limit and run.sampling.max_tokens >= limit:
-            found = f"max_tokens is {run.sampling.max_tokens} and the model's context has {limit} tokens"
-            raise ConfigError(f"{found}, which leaves no room for a prompt; lower max_tokens")
-        _refuse_overlong(samples, limit - (run.sampling.max_tokens if asked else 0) if limit else 0)
-        shown += samples[: run.show]
+        _refuse_overlong(samples, run, context=context, asked=asked)
+        rendered.append((samples, part.method.rows == "pairs", len(rows)))
     if quiet or run.quiet:
         return
     size = f"{policy.num_parameters / 1e6:.1f} M parameters"
     if policy.has_adapters:
         size += f" ({sum(p.numel() for p in policy.parameters().values()) / 1e6:.2g} M of them, in adapters, learn)"
     print(
-        f"{type(run.method).__name__} on {size}: {steps} steps, learning rate "
+        f"{type(run.method).__name__} on {size}: {steps:,} step{'' if steps == 1 else 's'}, learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}, at most {tokens} tokens a forward, {torch.get_num_threads()} thread(s), "
         f"matrix products '{run.precision}'",
         file=sys.stderr,
     )
-    show_samples(shown[: run.show], tokenizer)
+    for samples, pairs, total in rendered:
+        show_samples(samples, tokenizer, rows=run.show, pairs=pairs, total=total)
 
 
-def _refuse_overlong(samples: Sequence[Sample], room: int) -> None:
-    too_long = [sample for sample in samples if room and len(sample) > room]
+def _refuse_overlong(samples: Sequence[Sample], run: Run, *, context: int, asked: bool) -> None:
+    """Refuse rows that, with the answer they ask for, hold more than `max_length` or the model's context allows."""
+    limits = [limit for limit in (run.max_length, context) if limit]
+    if not limits:
+        return
+    limit, answer = min(limits), run.sampling.max_tokens if asked else 0
+    own = limit == run.max_length and limit != context
+    if answer >= limit:
+        found = f"max_length is {limit}" if own else f"the model's context has {limit} tokens"
+        raise ConfigError(f"max_tokens is {answer} and {found}, which leaves no room for a prompt; lower max_tokens")
+    too_long = [sample for sample in samples if len(sample) > limit - answer]
     if too_long:
         first = too_long[0]
+        advice = "raise max_length" if own else "take a model with a longer context"
+        room = f"{limit - answer} tokens" + (f" (of {limit}, {answer} are kept for the answer)" if answer else "")
         raise DataError(
-            f"{len(too_long)} of {len(samples)} rows do not fit {room} tokens (the first: {first.query}, {len(first)} tokens); "
-            "nothing is cut in silence: shorten or drop them, or raise max_length"
+            f"{len(too_long)} of {len(samples)} rows do not fit {room}; the first is {first.query} with {len(first)} tokens. "
+            f"Nothing is cut in silence: shorten or drop them, {'lower max_tokens, ' if answer else ''}or {advice}"
         )
 
 

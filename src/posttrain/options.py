@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
-from types import SimpleNamespace
+from types import SimpleNamespace, UnionType
 from typing import Any, TypeVar
 
 import pydantic
@@ -143,11 +143,42 @@ def _value(name: str, hint: Any, value: Any) -> Any:
         return function_named(value) if isinstance(value, str) and _is_function(hint) else value
     if hint is Any:
         return value
+    if isinstance(value, str | int | float) and _is_several(hint):
+        value = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else [value]
     try:
         adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
         return adapter.validate_python(value)
     except pydantic.ValidationError as cause:
-        first = cause.errors()[0]
-        raise ConfigError(f"{name} is {value!r}: {first['msg'].lower()}") from cause
+        key = name.rpartition(".")[2]
+        raise ConfigError(f"{name} is {value!r}: {_expected(cause, key)}") from cause
     except pydantic.errors.PydanticUserError:
         return value
+
+
+def _is_several(hint: Any) -> bool:
+    """Does a field hold several values and never a single text, so that `a,b` means two of them?"""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    origins = [typing.get_origin(choice) or choice for choice in choices]
+    return any(origin in (tuple, list) for origin in origins) and str not in origins
+
+
+_KINDS = {
+    "int": "a whole number, for instance {key}=100",
+    "float": "a number, for instance {key}=0.1",
+    "bool": "true or false, for instance {key}=true",
+    "tuple": "a list, for instance {key}=a,b",
+    "list": "a list, for instance {key}=a,b",
+    "string": "text, for instance {key}=word",
+    "dict": "names and values, for instance {key}='{{name: value}}'",
+    "mapping": "names and values, for instance {key}='{{name: value}}'",
+}
+"""What is expected in place of a value, by the first word of pydantic's kind of error."""
+
+
+def _expected(error: pydantic.ValidationError, key: str) -> str:
+    """The first complaint in words."""
+    first = error.errors()[0]
+    kind = str(first["type"]).partition("_")[0]
+    if kind == "literal":
+        return f"expected {first['ctx']['expected']}"
+    return f"expected {_KINDS[kind].format(key=key)}" if kind in _KINDS else first["msg"].lower()

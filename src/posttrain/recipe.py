@@ -28,6 +28,9 @@ from posttrain.errors import ConfigError, nearest
 VERBS = ("train", "sample", "merge")
 """What a stage can do to make an artifact; `evaluate` stands beside the stages."""
 
+KEEP = ("all", "passed", "best")
+"""What a sample stage can keep: every answer, those whose reward is at least 1, or the best to each prompt."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -237,6 +240,8 @@ def _check(recipe: Recipe, where: str) -> None:
                 raise ConfigError(
                     f"{where}: stage '{stage.name}' builds on '{name}', which is no stage before it{nearest(name, done)}"
                 )
+        if stage.keep not in KEEP:
+            raise ConfigError(f"{where}: stage '{stage.name}' keeps '{stage.keep}'{nearest(stage.keep, KEEP)}")
         done.append(stage.name)
     for evaluation in recipe.evaluate:
         for name in evaluation.of:

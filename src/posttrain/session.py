@@ -20,7 +20,7 @@ from posttrain.capture import captured, restore
 from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, NumericsError
 from posttrain.experience import Desk, renderer_of
-from posttrain.files import atomic_folder, atomic_write, run_lock
+from posttrain.files import atomic_folder, atomic_write, make_folders, run_lock
 from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest
 from posttrain.method import Part, Sum, steps_alone
@@ -120,7 +120,7 @@ class Session:
         from posttrain.run import resolved
 
         out = Path(run.out)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folders(out)
         with contextlib.ExitStack() as stack:
             world = given or stack.enter_context(World.here())
             if world.rank == 0:

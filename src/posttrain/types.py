@@ -383,11 +383,17 @@ class Sampling:
     """How tokens are drawn."""
 
     temperature: float = 1.0
+    """What logits are divided by."""
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    """Draw among the likeliest tokens that hold this share of the probability; 1 turns it off."""
+    top_k: int = 0
+    """Draw among so many of the likeliest tokens; 0 turns it off."""
     max_tokens: int = 64
+    """Longest answer, in tokens; a task brings its own."""
     stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the model's own stop tokens."""
     greedy: bool = False
+    """Take the likeliest token always."""
 
     @property
     def truncated(self) -> bool:

@@ -116,3 +116,19 @@ def test_a_sample_in_colour() -> None:
     reversed_spans = [bare.plain[span.start : span.end] for span in bare.spans if "reverse" in str(span.style)]
     assert reversed_spans == ["4⏎\n2<|im_end|>"]
     assert [bare.plain[span.start : span.end] for span in bare.spans if str(span.style) == "cyan"] == ["日本 🙂"]
+
+
+def test_the_middle_of_a_long_sample_is_counted() -> None:
+    renderer = Renderer(byte_level(toys.CHATML))
+    sample = renderer.conversation([user("abc " * 500), assistant("the end")])
+    shown = coloured(sample, renderer.tokenizer, with_legend=False, longest=100).plain
+    whole = renderer.decode(sample.tokens)
+    head, _, rest = shown.partition(" ... ")
+    count, _, tail = rest.partition(" tokens ... ")
+    assert len(shown) < 200
+    assert whole.startswith(head.replace("⏎", ""))
+    assert whole.endswith(tail.replace("⏎", ""))
+    assert "the end" in tail
+    kept = 2 * max(1, len(sample) * 100 // (2 * len(coloured(sample, renderer.tokenizer, with_legend=False).plain)))
+    assert int(count.replace(",", "")) == len(sample) - kept
+    assert coloured(sample, renderer.tokenizer, with_legend=False, longest=100_000).plain.replace("⏎", "") == whole

@@ -308,10 +308,16 @@ def test_half_surrogates_and_nul_are_repaired_and_told(tmp_path: Path) -> None:
 def test_bad_rows_are_counted_and_can_be_left_out(tmp_path: Path) -> None:
     empty = {"prompt": "x", "completion": ""}
     path = lines(tmp_path / "a.jsonl", ROWS[0], *[empty] * 7)
-    with pytest.raises(DataError, match=r"(?s)a.jsonl:2: .*a.jsonl:6: .*and 2 more rows.*skip_invalid=True"):
+    with pytest.raises(DataError, match=r"(?s)a.jsonl:2: .*a.jsonl:6: .*and 2 more rows.*--skip-invalid"):
         load_rows(path)
     with pytest.warns(UserWarning, match="7 of 8 rows of .* were left out"):
         assert len(load_rows(path, skip_invalid=True)) == 1
+
+
+def test_a_row_that_lacks_a_column_of_the_others_is_told_so(tmp_path: Path) -> None:
+    path = lines(tmp_path / "missing.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a"})
+    with pytest.raises(DataError, match=r"missing.jsonl:2 has no 'completion' \(found: prompt\)"):
+        load_rows(path)
 
 
 def test_need() -> None:

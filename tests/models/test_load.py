@@ -99,8 +99,34 @@ def test_names_that_are_no_folder(folder: Path) -> None:
 
 
 def test_a_hub_name_that_cannot_be_had_names_its_neighbours() -> None:
-    with pytest.raises(ConfigError, match=r"'tinyy' is no folder here and no model that the hub gave .nearest: 'tiny'"):
+    with pytest.raises(ConfigError, match=r"there is no folder 'tinyy' .nearest: 'tiny'.*the hub gave no model"):
         load("tinyy", local_files_only=True, device="cpu")
+
+
+def test_a_mistyped_path_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked once, without a word in the log; transformers, which asks again and again, is not."""
+    import logging
+
+    import huggingface_hub
+    import transformers
+    from huggingface_hub import constants
+
+    def refuse(self: Any, name: str, **_: Any) -> None:
+        assert logging.getLogger("huggingface_hub").getEffectiveLevel() >= logging.ERROR
+        raise OSError("no route to the hub\nand a long story")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", never)
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(ConfigError) as error:
+        load("nofolder/model", device="cpu")
+    assert str(error.value).startswith("there is no folder 'nofolder/model'")
+    assert str(error.value).endswith("no route to the hub")
+    assert logging.getLogger("huggingface_hub").level == before
 
 
 def test_folders_that_hold_no_model(folder: Path, tmp_path: Path) -> None:

@@ -110,6 +110,23 @@ def test_adapters_are_saved_alone_and_go_on(tmp_path: Path, tokenizer: Any) -> N
         load(where, device="cpu")
 
 
+def test_what_peft_and_transformers_plan_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    import peft
+
+    make = peft.get_peft_model
+
+    def noisy(*arguments: Any) -> Any:
+        warnings.warn("is_gradient_checkpointing will go", FutureWarning, stacklevel=1)
+        return make(*arguments)
+
+    monkeypatch.setattr(peft, "get_peft_model", noisy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert apply(random_model(), Lora(r=4)).has_adapters
+
+
 def test_the_seed_decides_the_start() -> None:
     def start(seed: int) -> torch.Tensor:
         before = torch.get_rng_state()

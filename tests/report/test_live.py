@@ -53,6 +53,25 @@ def test_the_line_holds_what_a_person_wants_to_know() -> None:
     assert readout({}) == []
 
 
+def test_a_reward_that_a_loss_implies_does_not_stand_for_the_loss() -> None:
+    """Preference methods log the mean of their implicit rewards; those who sample log how sure it is."""
+    implied = {"loss": 0.621, "accuracy": 0.75, "reward": -0.187, "length": 2.0}
+    assert readout(implied) == ["loss 0.621", "accuracy 75.0 %", "length 2"]
+    assert readout({**implied, "signal": 0.5})[0] == "reward -0.187"
+    assert readout({**implied, "reward_low": -0.2, "reward_high": 0.1})[0] == "reward -0.187 [-0.2, 0.1]"
+
+
+def test_one_step_and_none() -> None:
+    where, text = console(terminal=False)
+    with Live("sft", 1, console=where) as live:
+        live.update(0, {})
+    with Live("sft", 1, console=where):
+        pass
+    lines = text.getvalue().splitlines()
+    assert lines[1].startswith("sft done: 1 step in ")
+    assert lines[2] == "sft was finished before, nothing to do"
+
+
 def test_a_log_gets_plain_lines_now_and_then() -> None:
     clock = Clock()
     where, text = console(terminal=False)

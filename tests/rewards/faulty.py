@@ -24,6 +24,8 @@ def raises(answer):
 
 
 def raises_in_list(answers):
+    with Path(answers[0].info["file"]).open("a") as file:
+        file.write(f"{len(answers)}\n")
     if any(_bad(answer) for answer in answers):
         raise ValueError("poison")
     return [1.0 for _ in answers]
@@ -62,10 +64,6 @@ def returns(answer):
         "complex": 1j,
     }
     return kinds[answer.info["kind"]] if _bad(answer) else 1.0
-
-
-def wrong_count(answers):
-    return [1.0] * (len(answers) + any(_bad(answer) for answer in answers))
 
 
 def prints_much(answer):

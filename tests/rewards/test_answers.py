@@ -208,6 +208,7 @@ def test_pattern() -> None:
         Pattern("(")
 
 
+@pytest.mark.filterwarnings("ignore:reward")
 def test_a_catastrophic_pattern_is_killed() -> None:
     texts = [Answer(text="a" * 40 + "!"), Answer(text="aaa")]
     with RewardRunner() as runner:

@@ -256,3 +256,13 @@ def test_rewards_by_name() -> None:
     ]:
         with pytest.raises(ConfigError, match=words):
             named_rewards([spec])
+
+
+def test_a_name_may_hold_its_deadline(tmp_path: Path) -> None:
+    file = tmp_path / "mine@2s.py"
+    file.write_text("def f(answer):\n    return 1.0\n")
+    found = named_rewards([f"{file}:f@5s*0.5", "maths@0.5s", "format"])
+    expected = [("f", 5.0, 0.5), ("maths", 0.5, 1.0), ("format", 30.0, 1.0)]
+    assert [(reward.name, reward.deadline, reward.weight) for reward in found] == expected
+    with pytest.raises(ConfigError, match="above 0"):
+        named_rewards(["maths@0s"])

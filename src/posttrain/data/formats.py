@@ -344,6 +344,10 @@ def normalise(rows: Sequence[Mapping[str, Any]], *, skip_invalid: bool = False) 
         except DataError as cause:
             raise DataError(f"{place}: {cause}") from None
         first = first or known
+        lacks = [column for column in first.columns if row.get(column) is None]
+        if known.name != first.name and set(known.columns) < set(first.columns):
+            found = ", ".join(key for key in row if not key.startswith("_"))
+            raise DataError(f"{place} has no {' and no '.join(map(repr, lacks))} (found: {found})")
         if known.name != first.name:
             raise DataError(
                 f"{place}: a row in the format '{known.name}' ({' + '.join(known.columns)}) among rows in the format "
@@ -356,7 +360,7 @@ def normalise(rows: Sequence[Mapping[str, Any]], *, skip_invalid: bool = False) 
             wrong.append(f"{place}: {cause}")
     if wrong and not skip_invalid:
         more = f"\n(and {len(wrong) - 5} more rows)" if len(wrong) > 5 else ""
-        advice = "" if len(wrong) == 1 else "\nskip_invalid=True leaves such rows out and counts them"
+        advice = "" if len(wrong) == 1 else "\n--skip-invalid (skip_invalid=True) leaves such rows out and counts them"
         raise DataError("\n".join(wrong[:5]) + more + advice)
     return made, wrong
 

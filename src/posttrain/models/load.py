@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +188,13 @@ def _module(found: Path | str, dtype: torch.dtype, device: torch.device, options
 def _config(found: Path | str, options: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    if isinstance(found, str) and not options["local_files_only"]:
+        _ask_hub(found)
     try:
         return AutoConfig.from_pretrained(str(found), **options)
     except (OSError, ValueError, KeyError) as cause:
         if isinstance(found, str):
-            raise ConfigError(
-                f"'{found}' is no folder here and no model that the hub gave{nearest(found, NAMES)}: {cause}"
-            ) from cause
+            raise ConfigError(f"{_nowhere(found)}: {_first_line(cause)}") from cause
         try:
             kept = json.loads((found / "config.json").read_text(encoding="utf-8"))
         except ValueError as broken:
@@ -203,6 +206,46 @@ def _config(found: Path | str, options: dict[str, Any]) -> Any:
             hint = nearest(kind, list(CONFIG_MAPPING)) if kind else ""
             raise ConfigError(f"the model_type '{kind}' of {found} is unknown to this transformers{hint}") from cause
         raise ConfigError(f"{found / 'config.json'} cannot be used: {cause}") from cause
+
+
+def _ask_hub(name: str) -> None:
+    """Ask the hub once whether it has a model that is not stored here, before transformers asks again and again.
+
+    Raises:
+        ConfigError: It has not, or cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        with errors_only("huggingface_hub", "transformers"):
+            huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as cause:  # of the hub's client, or of whichever client that uses
+        raise ConfigError(f"{_nowhere(name)}: {_first_line(cause)}") from cause
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Inside, loggers of these names say errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _nowhere(name: str) -> str:
+    return f"there is no folder '{name}'{nearest(name, NAMES)}, and the hub gave no model of that name"
+
+
+def _first_line(cause: BaseException) -> str:
+    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
 
 
 def _tokenizer(found: Path | str, options: dict[str, Any]) -> Any:

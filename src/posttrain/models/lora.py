@@ -6,6 +6,9 @@ With its adapters off, the model is its own reference: see `LanguageModel.adapte
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +70,20 @@ def apply(model: LanguageModel, lora: Lora) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(lora.seed)
         try:
-            wrapped = peft.get_peft_model(model.module, settings)
+            with _no_news():
+                wrapped = peft.get_peft_model(model.module, settings)
         except ValueError as cause:
             linear = sorted({n.rpartition(".")[2] for n, m in model.module.named_modules() if isinstance(m, nn.Linear)})
             raise ConfigError(f"LoRA targets {wanted} cannot be adapted: {cause}; linear layers here: {linear}") from cause
     return replace_module(model, wrapped, model.heads)
+
+
+@contextmanager
+def _no_news() -> Iterator[None]:
+    """Inside, what PEFT and transformers plan to change between them is no business of the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def reopen(model: LanguageModel, folder: Path) -> LanguageModel:
@@ -82,7 +94,8 @@ def reopen(model: LanguageModel, folder: Path) -> LanguageModel:
     """
     peft: Any = extra("peft", "peft")
     try:
-        wrapped = peft.PeftModel.from_pretrained(model.module, str(folder), is_trainable=True)
+        with _no_news():
+            wrapped = peft.PeftModel.from_pretrained(model.module, str(folder), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as cause:
         raise CheckpointError(f"the adapters in {folder} do not fit {model.name or 'this model'}: {cause}") from cause
     return replace_module(model, wrapped, model.heads)

@@ -122,9 +122,15 @@ class Live:
             self._display = None
         passed = duration(self._clock() - self._started)
         if kind is not None:
-            self._print(f"{self.title} stopped after {self._done:,} of {self.total:,} steps and {passed}")
+            self._print(f"{self.title} stopped after {self._done:,} of {self._steps(self.total)} and {passed}")
+        elif not self._here:
+            self._print(f"{self.title} was finished before, nothing to do")
         else:
-            self._print(f"{self.title} done: {self._done:,} steps in {passed}")
+            self._print(f"{self.title} done: {self._steps(self._done)} in {passed}")
+
+    @staticmethod
+    def _steps(count: int) -> str:
+        return f"{count:,} step{'' if count == 1 else 's'}"
 
     def seconds_left(self) -> float | None:
         """Expected seconds to the last step, or None before the first."""
@@ -178,7 +184,8 @@ def readout(metrics: Mapping[str, float]) -> list[str]:
         ['reward 0.41 [0.37, 0.45]', 'KL 0.0031', 'signal 62.5 %']
     """
     parts = []
-    if "reward" in metrics:
+    drawn = any(name in metrics for name in ("reward_low", "signal"))  # a reward of answers, not one that a loss implies
+    if "reward" in metrics and (drawn or "loss" not in metrics):
         parts.append("reward " + _with_interval(metrics, "reward"))
     else:
         parts += [f"{name} {number(metrics[name])}" for name in ("loss",) if name in metrics]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -49,7 +50,8 @@ def named_rewards(specs: Sequence[str], *, task: HasRewards | None = None) -> tu
 
     Args:
         specs: Each is a name of `NAMED`, `length:MAX_TOKENS,CUSHION`, a name of one of the task's own rewards, `task`
-            for all of them, or `file.py:function`; and may end with `*WEIGHT`, which multiplies its weight.
+            for all of them, or `file.py:function`; may go on with `@SECONDSs`, its deadline, and end with `*WEIGHT`, which
+            multiplies its weight: `judge.py:polite@5s*0.5`.
         task: Whose own rewards may be named.
 
     Raises:
@@ -60,8 +62,9 @@ def named_rewards(specs: Sequence[str], *, task: HasRewards | None = None) -> tu
     for spec in specs:
         name, star, factor = spec.rpartition("*")
         name, weight = (name.strip(), _number(factor, spec)) if star else (spec.strip(), 1.0)
+        name, deadline = _deadline(name)
         named = list(own.values()) if name == "task" and own else [_named(name, own)]
-        found += [replace(reward, weight=reward.weight * weight) for reward in named]
+        found += [replace(r, weight=r.weight * weight, deadline=deadline or r.deadline) for r in named]
     check(found)
     return tuple(found)
 
@@ -81,6 +84,16 @@ def _named(name: str, own: Mapping[str, Reward]) -> Reward:
     if ":" in name:
         return load_reward(name)
     raise ConfigError(f"there is no reward '{name}'{nearest(name, [*NAMED, *own, 'length:64,16', 'file.py:function'])}")
+
+
+def _deadline(name: str) -> tuple[str, float]:
+    """A name without its deadline, and the deadline in seconds; 0 where it has none."""
+    found = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)s", name)
+    if found is None:
+        return name, 0.0
+    if not float(found[2]):
+        raise ConfigError(f"found reward {name!r}; what follows @ is its deadline in seconds, above 0: for instance @5s")
+    return found[1], float(found[2])
 
 
 def _number(text: str, spec: str) -> float:

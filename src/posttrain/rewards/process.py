@@ -23,7 +23,7 @@ import posttrain
 from posttrain.errors import DataError
 from posttrain.rewards.reference import describe
 from posttrain.rewards.reward import Answer, Reward
-from posttrain.rewards.wire import decode
+from posttrain.rewards.wire import ContractBroken, decode
 from posttrain.types import InfraError, Timeout, Verdict
 
 __all__ = ["Limits", "LoadFailed", "Process"]
@@ -87,12 +87,15 @@ class Process:
 
         Raises:
             LoadFailed: The function could not be loaded.
+            ContractBroken: A list function did not return one judgement for each answer.
         """
         try:
             self._start()
             to_send = memoryview(b"".join(_line(unit) for unit in units))
             for unit in units:
                 reply, to_send = self._exchange(to_send, self.reward.deadline, (1 << 20) + 30000 * len(unit))
+                if isinstance(reply, dict) and isinstance(reply.get("broken"), str):
+                    raise ContractBroken(reply["broken"])
                 verdicts = _verdicts(reply, len(unit))
                 if isinstance(verdicts, InfraError):
                     self.stop()

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,9 @@ from typing import Any
 
 from posttrain.errors import ConfigError, nearest
 
-__all__ = ["describe", "load_file", "resolve"]
+__all__ = ["describe", "is_own", "load_file", "resolve", "trace"]
+
+_OWN = "posttrain_reward_"  # how modules that are files of the user begin
 
 
 def describe(fn: Callable[..., Any]) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def resolve(reference: dict[str, Any]) -> Callable[..., Any]:
 def load_file(path: str | Path) -> ModuleType:
     """Run a Python file as a module, with its folder importable.  A file of rewards is run only in workers."""
     file = Path(path).resolve()
-    name = f"posttrain_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    name = f"{_OWN}{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -69,6 +72,25 @@ def load_file(path: str | Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def is_own(file: str) -> bool:
+    """Was a file run by `load_file`?"""
+    return any(name.startswith(_OWN) and getattr(module, "__file__", None) == file for name, module in list(sys.modules.items()))
+
+
+def trace(error: BaseException) -> str:
+    """A traceback of the function that `resolve` found: the files of this package that call it are left out."""
+    told = traceback.TracebackException.from_exception(error)
+    link: traceback.TracebackException | None = told
+    while link is not None:
+        frames = [frame for frame in link.stack if frame.filename not in _PLUMBING and "importlib" not in frame.filename]
+        link.stack = traceback.StackSummary.from_list(frames)
+        link = link.__cause__ or link.__context__
+    return "".join(told.format() if told.stack else told.format_exception_only()).rstrip()
+
+
+_PLUMBING = {str(Path(__file__).with_name(name)) for name in ("reference.py", "runner.py", "user.py", "wire.py", "worker.py")}
 
 
 def _named(thing: Any) -> dict[str, str]:

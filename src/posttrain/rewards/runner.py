@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +14,15 @@ from types import TracebackType
 
 from posttrain.errors import ConfigError, RewardError
 from posttrain.rewards.process import Limits, LoadFailed, Process
+from posttrain.rewards.reference import trace
 from posttrain.rewards.reward import Answer, Reward
-from posttrain.rewards.wire import read, read_all
+from posttrain.rewards.wire import ContractBroken, read, read_all
 from posttrain.types import InfraError, Timeout, Verdict
 
 __all__ = ["Limits", "RewardRunner", "Tally"]
 
 _WINDOW = 200  # judgements over which the failure rate is taken
+_HANGS = 3  # calls that may time out in a row, retries included, before anything has succeeded
 
 
 @dataclass
@@ -48,13 +50,17 @@ class _Record:
 
     window: deque[bool] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # did the infrastructure fail
     first: str = ""  # the first failure, traceback included
+    hangs: int = 0  # calls in a row that timed out, retries included
+    succeeded: bool = False  # did any call
+    warned: bool = False  # that a call timed out
 
 
 class RewardRunner:
     """Runs rewards in workers that live from step to step.
 
-    A judgement that the infrastructure failed (it raised, hung, returned no finite number or too few, or its process
-    died) is asked for once more, alone and in a fresh worker; then that answer, not its neighbours, is marked.
+    A judgement that the infrastructure failed (it raised, hung, returned no finite number, or its process died) is asked
+    for once more, in a fresh worker; then that answer is marked, or all of the call where the function takes a list.  A
+    list that does not hold one judgement an answer stops the run at once.
 
     Example:
         >>> from posttrain.rewards.maths import MathsExact
@@ -113,7 +119,8 @@ class RewardRunner:
         """One verdict an answer, in order; None where the reward has nothing to say.
 
         Raises:
-            RewardError: The function cannot be loaded, or failed above the allowed rate.
+            RewardError: The function cannot be loaded, failed above the allowed rate, answered no call in time, or did not
+                return one judgement an answer.
         """
         begun, tally = time.monotonic(), Tally()
         verdicts: dict[int, Verdict | None] = {}
@@ -165,15 +172,15 @@ class RewardRunner:
         todo, later = deque(part), list[_Try]()
         while todo:
             units = [[answers[index] for index in this.indexes] for this in todo]
-            for found in _inline(reward, units) if process is None else self._judged(process, units):
+            for found in _judged(reward, process, units):
                 this = todo.popleft()
+                self._watch(reward, found)
                 failed = [i for i, verdict in zip(this.indexes, found, strict=True) if isinstance(verdict, InfraError)]
                 again: set[int] = set()
                 if failed and not this.again:
-                    again = set(failed if reward.scope == "sample" else this.indexes)
-                    later += (
-                        [_Try([i], True) for i in failed] if reward.scope == "sample" else [_Try(this.indexes, True)]
-                    )
+                    alone = not reward.takes_list  # a list function is asked about the same list: it may compare
+                    again = set(failed if alone else this.indexes)
+                    later += [_Try([i], True) for i in failed] if alone else [_Try(this.indexes, True)]
                     tally.retried += len(again)
                 for index, verdict in zip(this.indexes, found, strict=True):
                     if index not in again:
@@ -185,12 +192,23 @@ class RewardRunner:
                 todo.extendleft(reversed(later))
                 later = []
 
-    def _judged(self, process: Process, units: list[list[Answer]]) -> Iterator[list[Verdict | None]]:
-        """The process's verdicts; a function that cannot be loaded stops the run."""
-        try:
-            yield from process.judge(units)
-        except LoadFailed as cause:
-            raise RewardError(f"reward '{process.reward.name}' could not be loaded:\n{cause}") from None
+    def _watch(self, reward: Reward, found: Sequence[Verdict | None]) -> None:
+        """Say the first time that a call came to its deadline, and stop where every call does."""
+        hung = any(isinstance(verdict, Timeout) for verdict in found)
+        with self._lock:
+            record = self._records.setdefault(reward.name, _Record())
+            record.hangs = record.hangs + 1 if hung else 0
+            record.succeeded |= not any(isinstance(verdict, InfraError) for verdict in found)
+            tell, record.warned = hung and not record.warned, record.warned or hung
+            stuck = record.hangs >= _HANGS and not record.succeeded and self.max_failure_rate < 1
+        said = f"no answer within {reward.deadline:g} s"
+        if tell:
+            warnings.warn(f"reward '{reward.name}': {said}; retrying in a fresh process", stacklevel=2)
+        if stuck:
+            raise RewardError(
+                f"reward '{reward.name}': {said}, {_HANGS} times in a row and no success; "
+                f"mend it, or grant it more: --reward FILE.py:FUNCTION@{2 * reward.deadline:g}s"
+            )
 
     def _count(self, reward: Reward, verdict: Verdict | None, tally: Tally) -> None:
         """Remember one final judgement."""
@@ -244,6 +262,16 @@ def _parts(reward: Reward, answers: Sequence[Answer], workers: int) -> list[list
     return [tries[worker::workers] for worker in range(workers)]
 
 
+def _judged(reward: Reward, process: Process | None, units: list[list[Answer]]) -> Iterator[list[Verdict | None]]:
+    """The verdicts of a process, or of the function here; what asking again cannot mend stops the run."""
+    try:
+        yield from _inline(reward, units) if process is None else process.judge(units)
+    except LoadFailed as cause:
+        raise RewardError(f"reward '{reward.name}' could not be loaded:\n{cause}") from None
+    except ContractBroken as cause:
+        raise RewardError(f"reward '{reward.name}' {cause}; a list function returns one value an answer, in order") from None
+
+
 def _inline(reward: Reward, units: list[list[Answer]]) -> Iterator[list[Verdict | None]]:
     """The verdicts of a function that runs here."""
     judge: Callable[..., object] = reward.fn
@@ -253,8 +281,10 @@ def _inline(reward: Reward, units: list[list[Answer]]) -> Iterator[list[Verdict 
                 yield read_all(judge(unit), len(unit))
             else:
                 yield [read(judge(answer)) for answer in unit]
-        except Exception:
-            yield [InfraError(reason=traceback.format_exc()[-4000:])] * len(unit)
+        except ContractBroken:
+            raise
+        except Exception as error:
+            yield [InfraError(reason=trace(error)[-4000:])] * len(unit)
 
 
 def _stop_all(processes: dict[str, list[Process]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.types import Crashed, InfraError, Overlong, Score, Timeout, Unparseable, Verdict, Wrong
 
-__all__ = ["LARGEST", "decode", "encode", "read", "read_all"]
+__all__ = ["LARGEST", "ContractBroken", "decode", "encode", "read", "read_all"]
 
 LARGEST = 3.4028234e38
 """Greatest number that float32 holds: a reward beyond it would be infinite in the batch."""
@@ -21,6 +21,10 @@ _KINDS: dict[str, type[Verdict]] = {
     kind.__name__: kind for kind in (Score, Wrong, Unparseable, Overlong, Crashed, InfraError, Timeout)
 }
 _REASON = 4000  # characters of a reason that are kept
+
+
+class ContractBroken(ValueError):
+    """A list function did not return one judgement for each answer: asking again would not help."""
 
 
 def read(value: object) -> Verdict | None:
@@ -54,14 +58,15 @@ def read_all(returned: object, count: int) -> list[Verdict | None]:
     """What a list function returned, as `count` verdicts.
 
     Raises:
-        ValueError: It is not a list of `count` entries.
+        ContractBroken: It is not a list of `count` entries.
     """
     if hasattr(returned, "tolist"):
         returned = returned.tolist()
     if not isinstance(returned, (list, tuple)):
-        raise ValueError(f"returned a {type(returned).__name__}, not a list of {count} judgements")
+        raise ContractBroken(f"returned a {type(returned).__name__}, not a list of {count} values")
     if len(returned) != count:
-        raise ValueError(f"returned {len(returned)} judgements for {count} answers")
+        values = "1 value" if len(returned) == 1 else f"{len(returned)} values"
+        raise ContractBroken(f"returned {values} for {count} answer{'' if count == 1 else 's'}")
     return [read(value) for value in returned]
 
 

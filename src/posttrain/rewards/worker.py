@@ -20,14 +20,13 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain.rewards.reference import resolve
+from posttrain.rewards.reference import resolve, trace
 from posttrain.rewards.reward import Answer
-from posttrain.rewards.wire import encode, read, read_all
+from posttrain.rewards.wire import ContractBroken, encode, read, read_all
 from posttrain.types import InfraError
 
 __all__ = ["main"]
@@ -71,21 +70,23 @@ def _children() -> int:
 
 
 def _trace(error: BaseException) -> str:
-    """The end of an error's traceback."""
+    """The end of an error's traceback, without the lines between this process and the function."""
     try:
-        return "".join(traceback.format_exception(error))[-_TRACE:]
+        return trace(error)[-_TRACE:]
     except BaseException:  # its __str__ raises, or no memory is left
         return type(error).__name__
 
 
-def _judge(fn: Callable[..., Any], takes_list: bool, line: bytes) -> list[dict[str, Any] | None]:
-    """The judgements on one line of answers."""
+def _judge(fn: Callable[..., Any], takes_list: bool, line: bytes) -> dict[str, Any]:
+    """The judgements on one line of answers, as a reply."""
     answers = [Answer(**answer) for answer in json.loads(line)]
     try:
         returned = read_all(fn(answers), len(answers)) if takes_list else [read(fn(answer)) for answer in answers]
-        return [encode(verdict) for verdict in returned]
+        return {"verdicts": [encode(verdict) for verdict in returned]}
+    except ContractBroken as error:
+        return {"broken": str(error)}
     except BaseException as error:  # sys.exit() and exhausted memory included: the parent decides what it means
-        return [encode(InfraError(reason=_trace(error)))] * len(answers)
+        return {"verdicts": [encode(InfraError(reason=_trace(error)))] * len(answers)}
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
         return
     reply({"ready": os.getpid()})
     for line in requests:
-        reply({"verdicts": _judge(fn, start["takes_list"], line), "children": _children()})
+        reply({**_judge(fn, start["takes_list"], line), "children": _children()})
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ class SFT(Method):
     The reduction says who weighs the same: tokens (`token_mean`), rows (`sequence_mean`) or likelihoods
     (`sequence_sum_mean`).
 
-    Source: "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv:2310.05914, algorithm 1, for the noise;
-    label smoothing as in Szegedy et al., arXiv:1512.00567, equation 7, the true class included in the uniform part.
+    Source: "Training language models to follow instructions with human feedback", arXiv:2203.02155, section 3.5;
+    noise: "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv:2310.05914, algorithm 1; label smoothing as
+    in Szegedy et al., arXiv:1512.00567, equation 7, the true class included in the uniform part.
     """
 
     reduce: Reduction = token_mean
