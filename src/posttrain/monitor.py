@@ -36,6 +36,8 @@ def without_signal(ready: Ready) -> bool:
 def sample_metrics(samples: Sequence[Sample], part: str, *, groups: bool) -> dict[str, float]:
     """Numbers about the samples of one part: length, and for answers reward, signal, truncation, parsing, failures.
 
+    The reward has an interval from 5 groups on.
+
     Args:
         samples: Of one step.
         part: Prefix of the names, for a part of a sum beside which another one samples; "" for none.
@@ -53,7 +55,10 @@ def sample_metrics(samples: Sequence[Sample], part: str, *, groups: bool) -> dic
         if scored:
             rewards = [float(sample.reward or 0.0) for sample in scored]
             interval = clustered_interval(rewards, [sample.group for sample in scored])
-            found |= {"reward": interval.value, "reward_low": interval.low, "reward_high": interval.high}
+            shown = interval.worth_saying(share=all(reward in (0, 1) for reward in rewards))
+            found["reward"] = shown.value
+            if shown.known:
+                found |= {"reward_low": shown.low, "reward_high": shown.high}
             unread = (Unparseable, Overlong, InfraError)
             found["parsed"] = sum(
                 not any(isinstance(verdict, unread) for verdict in sample.verdicts.values()) for sample in scored

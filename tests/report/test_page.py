@@ -158,7 +158,7 @@ def test_a_change_is_left_out_when_answers_are_not_those_of_the_number(finished_
     lines = (folder / "evaluations" / "grpo.jsonl").read_text().splitlines()
     (folder / "evaluations" / "grpo.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     text = write_report(folder).read_text("utf-8")
-    assert text.count('class="small change"') == 1, "that of the stage in between stays"
+    assert text.count('<div class="change">') == 1, "that of the stage in between stays"
 
 
 def test_time_by_phase_adds_up_to_100(page: Page) -> None:
@@ -188,7 +188,7 @@ def test_the_same_problems_are_side_by_side(finished_run: Path, page: Page) -> N
                 (True, False): "newly wrong",
                 (True, True): "right before and after",
                 (False, False): "wrong before and after",
-            }[right[0], right[-1]]
+            }[right[-2], right[-1]]
         )
     assert len(page.texts["article"]) == len(found.problems)
 

@@ -17,6 +17,7 @@ from posttrain.report.statistics import (
     pass_at_k,
     pass_at_k_interval,
     proportion_interval,
+    share_interval,
     student_quantile,
 )
 
@@ -162,3 +163,15 @@ def test_paired_difference_takes_common_questions_and_several_answers() -> None:
     assert (found.low, found.high) == (0.0, 0.5)
     with pytest.raises(ConfigError, match="in common"):
         paired_difference({"a": 1}, {"b": 1})
+
+
+def test_shares_have_an_interval_of_shares_and_from_five_on() -> None:
+    """0.1 +- t(4) sqrt(0.05) / sqrt(5) = 0.1 +- 2.776 * 0.1, cut at 0."""
+    found = share_interval([0.5, 0.0, 0.0, 0.0, 0.0])
+    assert (found.value, found.low) == (0.1, 0.0)
+    assert found.high == pytest.approx(0.1 + 2.7764 * 0.1, abs=1e-4)
+    assert share_interval([0.5, 1.0, 1.0, 1.0, 1.0]).high == 1.0
+    assert not share_interval([0.5, 0.0, 0.0, 0.0]).known
+    assert share_interval([1.0, 0.0]) == proportion_interval(1, 2)
+    assert not pass_at_k_interval([(4, 1), (4, 2), (4, 0)], 2).known
+    assert pass_at_k_interval([(4, 0)] * 3, 2) == proportion_interval(0, 3)

@@ -3,20 +3,21 @@
 accuracy          share of questions whose greedy answer is right (Wilson interval)
 parsed            share of greedy answers that could be read
 accuracy_parsed   accuracy among those
-mean@k            mean over questions of the share of k sampled answers that are right (interval over questions)
+mean@k            mean over questions of the share of k sampled answers that are right (interval over questions, from 5 on)
 pass@k            chance that one of k is right, unbiased (Chen et al., "Evaluating Large Language Models Trained on Code",
                   arXiv 2107.03374, equation 1)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
 from posttrain.experience import row_identity
-from posttrain.report.statistics import Interval, mean_interval, pass_at_k_interval, proportion_interval
+from posttrain.report.statistics import Interval, pass_at_k_interval, proportion_interval, share_interval
 from posttrain.types import InfraError, Overlong, Row, Sample, Sampler, Sampling, Unparseable
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ class Outcome:
     """What an evaluation found."""
 
     numbers: list[dict[str, Any]]
-    """Entries of `summary.json`'s `evaluations`: model, task, split, n, metric, value, low, high."""
+    """Entries of `summary.json`'s `evaluations`: model, task, split, n, metric, value, low, high (None: no interval)."""
     records: list[dict[str, Any]]
-    """One a question: id, prompt, completion, reward, answer, and the k sampled rewards."""
+    """One a question: id, prompt, completion, reward, right, parsed (could the answer be read), answer, sampled_right (k)."""
 
     @property
     def headline(self) -> float:
@@ -133,7 +134,7 @@ class Evaluation:
         k = self.samples
         tries = [[self._right(s) for s in drawn[q * k : (q + 1) * k]] for q in range(n)] if k else []
         if k:
-            found[f"mean@{k}"] = (n, mean_interval([sum(t) / k for t in tries]))
+            found[f"mean@{k}"] = (n, share_interval([sum(t) / k for t in tries]))
             found[f"pass@{k}"] = (n, pass_at_k_interval([(k, sum(t)) for t in tries], k))
         numbers = [
             {
@@ -143,8 +144,8 @@ class Evaluation:
                 "n": count,
                 "metric": metric,
                 "value": interval.value,
-                "low": interval.low,
-                "high": interval.high,
+                "low": _finite(interval.low),
+                "high": _finite(interval.high),
             }
             for metric, (count, interval) in found.items()
         ]
@@ -157,6 +158,7 @@ class Evaluation:
                 "completion": renderer.decode(sample.completion),
                 "reward": sample.reward,
                 "right": bool(right[q]),
+                "parsed": bool(read[q]),
                 "answer": sample.info.get("answer"),
                 "finish": sample.finish,
                 "sampled_right": [int(ok) for ok in tries[q]] if k else None,
@@ -167,6 +169,10 @@ class Evaluation:
 
     def _right(self, sample: Sample) -> bool:
         return sample.reward is not None and sample.reward >= self.pass_mark - 1e-9
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _read(sample: Sample) -> bool:

@@ -25,6 +25,9 @@ POINTS = 300
 FEW = 8
 """Distinct rewards that each get a place of their own in the distribution; more are put in bins."""
 
+DOTS = 12
+"""Values up to which each is drawn as a point of its own."""
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
 
@@ -67,7 +70,7 @@ class Bar:
 Draw = Callable[["Axes", Palette], None]
 
 
-def bars(title: str, entries: Sequence[Bar], *, unit: Unit) -> Chart:
+def bars(title: str, entries: Sequence[Bar], *, unit: Unit, caption: str = "") -> Chart:
     """Horizontal bars with 95 % intervals, the first at the top; the last, what the run made, in the accent colour."""
     scale = 100 if unit == "share" else 1
 
@@ -100,7 +103,7 @@ def bars(title: str, entries: Sequence[Bar], *, unit: Unit) -> Chart:
 
     ends = [f" [{number(bar.low, unit)}, {number(bar.high, unit)}]" if bar.low is not None else "" for bar in entries]
     said = "; ".join(f"{bar.label} {number(bar.value, unit)}{end}" for bar, end in zip(entries, ends, strict=True))
-    return _chart(title, f"Bar chart, {title}: {said}", draw, height=0.62 + 0.42 * len(entries))
+    return _chart(title, f"Bar chart, {title}: {said}", draw, height=0.62 + 0.42 * len(entries), caption=caption)
 
 
 def curve(
@@ -114,12 +117,12 @@ def curve(
 
     Args:
         metric: What is drawn.
-        steps: `[n]`.
+        steps: `[n]`, counted from 0; the axis counts from 1, as the live line does.
         values: `[n]`, NaN where there is none.
         band: Low and high ends, `[n]` each.
     """
     scale = 100 if metric.unit == "share" else 1
-    x, y = thinned(steps), [scale * value for value in thinned(values)]
+    x, y = thinned([step + 1 for step in steps]), [scale * value for value in thinned(values)]
 
     def draw(axes: Axes, palette: Palette) -> None:
         if band is not None:
@@ -128,9 +131,9 @@ def curve(
         noisy = len(y) >= 40 and metric.name != "learning_rate"
         if noisy and band is None:
             axes.plot(x, y, color=palette.accent, linewidth=0.8, alpha=0.4)
-        axes.plot(
-            x, smoothed(y) if noisy else y, color=palette.accent, linewidth=1.8, marker="o" if len(y) == 1 else None
-        )
+        marker = "o" if len(y) <= DOTS else None
+        axes.plot(x, smoothed(y) if noisy else y, color=palette.accent, linewidth=1.8, marker=marker, markersize=3.5)
+        _whole_steps(axes, x)
         axes.set_xlabel("step", loc="right", fontsize=7, color=palette.muted, labelpad=0)
         axes.grid(axis="y", color=palette.line, linewidth=0.8)
         shown = [value for value in y if math.isfinite(value)]
@@ -138,12 +141,12 @@ def curve(
             axes.set_ylim(0, max(5.0, 1.15 * max(shown)) if max(shown) < 60 else 104)
         elif min(shown) >= 0 and metric.name not in ("loss", "reward"):
             axes.set_ylim(0, 1.12 * max(shown) or 1)
-        axes.margins(x=0.01)
 
     finite = [value for value in values if math.isfinite(value)]
     first, last = number(finite[0], metric.unit), number(finite[-1], metric.unit)
     title = metric.title + (", %" if metric.unit == "share" else "")
-    alt = f"Curve of {metric.title.lower()} over {len(values)} steps: {first} at first, {last} at last"
+    count = "1 step" if len(values) == 1 else f"{len(values)} steps"
+    alt = f"Curve of {metric.title.lower()} over {count}: {first} at first, {last} at last"
     return _chart(title, alt, draw, caption=metric.meaning)
 
 
@@ -183,6 +186,15 @@ def distribution(early: Mapping[float, int], late: Mapping[float, int], *, steps
     words = f"{steps} steps" if steps != 1 else "step"
     alt = f"Distribution of rewards: mean {number(means[0])} in the first {words}, {number(means[1])} in the last"
     return _chart("Rewards, % of answers", alt, draw, caption=f"the first {words} against the last {words}")
+
+
+def _whole_steps(axes: Axes, steps: Sequence[float]) -> None:
+    """An axis over the steps alone, with ticks at whole ones."""
+    from matplotlib.ticker import MaxNLocator
+
+    room = 0.02 * (steps[-1] - steps[0]) if len(steps) > 1 else 0.5
+    axes.set_xlim(steps[0] - room, steps[-1] + room)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def bin_edges(values: Sequence[float], *, count: int = 16) -> list[float]:

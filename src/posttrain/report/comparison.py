@@ -1,9 +1,13 @@
-"""The same problems before and after: which answers changed, and a fair choice of them to read."""
+"""The same problems before and after: which answers changed, and a fair choice of them to read.
+
+Before is the model that the last stage started from; the first model, of the whole run, stands beside the two.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +23,8 @@ SHOWN = {"newly right": 3, "newly wrong": 2, "right before and after": 1, "wrong
 PASS_MARK = 1 - 1e-9
 """The reward from which an answer is right, where its entry does not say."""
 
-COLUMNS = 4
-"""Models side by side at most: the first and the latest ones."""
+STATES = ("right", "wrong", "not in the asked format", "cut off", "not judged")
+"""What can be said of one answer.  All but the first count as wrong; the last three could not be read."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,12 @@ class Answer:
     model: str
     completion: str
     reward: float | None
-    right: bool
+    state: str  # one of `STATES`
+
+    @property
+    def right(self) -> bool:
+        """Does it count?"""
+        return self.state == "right"
 
 
 @dataclass(frozen=True)
@@ -46,40 +55,98 @@ class Problem:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the last model differs from the first on the problems that both answered."""
+    """How the last model differs from the one it started from, on the problems that both and the first model answered."""
 
     first: str
+    start: str  # the same as `first` where the last stage started from it
     last: str
     total: int
-    counts: dict[str, int]  # kind -> problems; they add up to `total`
+    counts: dict[str, int]  # kind, from `start` to `last` -> problems; they add up to `total`
+    since_first: dict[str, int]  # the same from `first` to `last`
+    states: dict[str, dict[str, int]]  # model -> state of its answers -> problems, of the states that occur
     problems: list[Problem]
 
 
-def compare(answers: Answers) -> Comparison | None:
-    """The problems that every model answered, counted by kind, with a few of each in order of their ids.
+def compare(answers: Answers, starts: Mapping[str, str] | None = None) -> Comparison | None:
+    """The problems that the first model, the last one and its start answered, counted by kind, with a few of each.
 
-    The choice looks at the kind alone: within one, the problems are spread evenly over all of them.  None when fewer
-    than two models answered the same problem.
+    The choice looks at the kind alone: within one, the problems are spread evenly over all of them in order of their ids.
+    None when fewer than two models answered the same problem.
+
+    Args:
+        answers: Models in the order in which they were made.
+        starts: See `lineage`.
     """
-    models = list(answers)
-    if len(models) > COLUMNS:
-        models = [models[0], *models[1 - COLUMNS :]]
-    if len(models) < 2:
+    if len(answers) < 2:
         return None
-    common = [question for question in answers[models[0]] if all(question in answers[model] for model in models)]
-    kinds: dict[str, list[str]] = {kind: [] for kind in SHOWN}
-    for question in common:
-        kinds[_kind(_right(answers[models[0]][question]), _right(answers[models[-1]][question]))].append(question)
+    first, *_, last = answers
+    start = lineage(list(answers), starts or {})[last] or first
+    models = list(dict.fromkeys((first, start, last)))
+    common = [question for question in answers[first] if all(question in answers[model] for model in models)]
     if not common:
         return None
+    kinds, since_first = (_by_kind(common, answers[before], answers[last]) for before in (start, first))
     problems = []
     for kind, questions in kinds.items():
         shown = min(SHOWN[kind], len(questions))
         for place in range(shown):
             question = questions[place * len(questions) // shown]
             problems.append(_problem(question, kind, models, answers))
-    counts = {kind: len(questions) for kind, questions in kinds.items()}
-    return Comparison(models[0], models[-1], len(common), counts, problems)
+    seen = {model: Counter(state(answers[model][question]) for question in common) for model in models}
+    occurring = [name for name in STATES if any(seen[model][name] for model in models)]
+    return Comparison(
+        first=first,
+        start=start,
+        last=last,
+        total=len(common),
+        counts={kind: len(questions) for kind, questions in kinds.items()},
+        since_first={kind: len(questions) for kind, questions in since_first.items()},
+        states={model: {name: counts[name] for name in occurring} for model, counts in seen.items()},
+        problems=problems,
+    )
+
+
+def lineage(models: Sequence[str], starts: Mapping[str, str]) -> dict[str, str | None]:
+    """Model -> the nearest of the others that it was made from; None for one that was given.
+
+    Args:
+        models: In the order in which they were made.
+        starts: Stage -> the model it started from, those in between included; where it is empty, each model is taken to
+            come from the one before it.
+
+    Example:
+        >>> lineage(["base", "rl"], {"rl": "cold-start", "cold-start": "base"})
+        {'base': None, 'rl': 'base'}
+    """
+    if not starts:
+        return dict(zip(models, [None, *models], strict=False))
+    found: dict[str, str | None] = {}
+    for model in models:
+        passed, start = {model}, starts.get(model)
+        while start is not None and start not in models and start not in passed:
+            passed.add(start)
+            start = starts.get(start)
+        found[model] = start if start in models and start != model else None
+    return found
+
+
+def path_to(model: str, parents: Mapping[str, str | None]) -> list[str]:
+    """The models that led to one, it included, the first made first."""
+    path = [model]
+    while (start := parents.get(path[0])) is not None and start not in path:
+        path.insert(0, start)
+    return path
+
+
+def state(entry: Mapping[str, Any]) -> str:
+    """What can be said of an answer: one of `STATES`; "wrong" where its entry does not say whether it could be read."""
+    if _right(entry):
+        return "right"
+    if entry.get("parsed", True):
+        return "wrong"
+    if _reward(entry) is None:
+        return "not judged"
+    return "cut off" if entry.get("finish") == "length" else "not in the asked format"
 
 
 def paired(answers: Answers, before: EvaluationSummary, after: EvaluationSummary) -> Interval | None:
@@ -87,12 +154,12 @@ def paired(answers: Answers, before: EvaluationSummary, after: EvaluationSummary
     numbers speak of.
 
     They are when one way of scoring an answer gives each side as many scores as its `n`, on the same questions, with
-    its value as their mean.
+    its value as their mean.  Of a few questions alone there is no interval.
     """
     for score in SCORES:
         sides = [_scored(answers, evaluation, score) for evaluation in (before, after)]
         if sides[0] and sides[1] and set(sides[0]) == set(sides[1]):
-            return paired_difference(sides[0], sides[1])
+            return paired_difference(sides[0], sides[1]).worth_saying()
     return None
 
 
@@ -123,7 +190,7 @@ def _any_right(entry: Mapping[str, Any]) -> float | None:
 def _problem(question: str, kind: str, models: list[str], answers: Answers) -> Problem:
     entries = [(model, answers[model][question]) for model in models]
     reference = entries[0][1].get("answer")
-    shown = [Answer(model, str(entry["completion"]), _reward(entry), _right(entry)) for model, entry in entries]
+    shown = [Answer(model, str(entry["completion"]), _reward(entry), state(entry)) for model, entry in entries]
     prompt = str(entries[0][1].get("prompt", ""))
     return Problem(question, kind, prompt, None if reference is None else str(reference), shown)
 
@@ -137,6 +204,15 @@ def _right(entry: Mapping[str, Any]) -> bool:
     """Its own word for it, `right`, or a reward that reaches the pass mark."""
     reward = _reward(entry)
     return bool(entry["right"]) if "right" in entry else reward is not None and reward >= PASS_MARK
+
+
+def _by_kind(
+    questions: Sequence[str], before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {kind: [] for kind in SHOWN}
+    for question in questions:
+        kinds[_kind(_right(before[question]), _right(after[question]))].append(question)
+    return kinds
 
 
 def _kind(before: bool, after: bool) -> str:

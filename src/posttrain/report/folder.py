@@ -40,6 +40,7 @@ class RunFolder:
     recipe: str | None
     recipe_name: str
     notes: list[str] = field(default_factory=list)  # what could not be read, in words
+    starts: dict[str, str] = field(default_factory=dict)  # stage -> the model it started from; {} where no recipe says so
 
 
 def read_folder(folder: str | Path) -> RunFolder:
@@ -71,7 +72,16 @@ def read_folder(folder: str | Path) -> RunFolder:
     answers = _answers(evaluated, summary)
     seed = summary["seed"] if isinstance(summary["seed"], int) and (root / "summary.json").exists() else None
     return RunFolder(
-        str(summary["name"]), seed, versions, stages, summary["evaluations"], answers, recipe, recipe_name, notes
+        name=str(summary["name"]),
+        seed=seed,
+        versions=versions,
+        stages=stages,
+        evaluations=summary["evaluations"],
+        answers=answers,
+        recipe=recipe,
+        recipe_name=recipe_name,
+        notes=notes,
+        starts=starts_of(recipe or ""),
     )
 
 
@@ -141,6 +151,24 @@ def model_order(evaluations: list[EvaluationSummary], stages: list[str]) -> list
     named = list(dict.fromkeys(entry["model"] for entry in evaluations))
     given = [model for model in named if model not in stages]
     return [*given, *stages] if given else ["base", *stages]
+
+
+def starts_of(recipe: str) -> dict[str, str]:
+    """Stage -> the model that it started from, as a recipe's text says; {} when it is of another form.
+
+    Example:
+        >>> starts_of("stages: [{name: cold-start, train: sft}, {name: rl, train: grpo, start: cold-start}]")
+        {'cold-start': 'base', 'rl': 'cold-start'}
+    """
+    import yaml
+
+    try:
+        tree = yaml.safe_load(recipe)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    stages = tree.get("stages") if isinstance(tree, dict) else None
+    named = [s for s in stages if isinstance(s, dict) and "name" in s] if isinstance(stages, list) else []
+    return {str(stage["name"]): str(stage.get("start", "base")) for stage in named}
 
 
 def _recipe(root: Path, notes: list[str]) -> tuple[str | None, str]:

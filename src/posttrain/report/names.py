@@ -80,6 +80,30 @@ def number(value: float | None, unit: Unit = "number") -> str:
     return f"{value:.3g}"
 
 
+def metric_in_words(name: str) -> str:
+    """What an evaluation's metric, task or split is called on the page."""
+    words = {"accuracy_parsed": "accuracy among parsed answers", "parsed": "answers that parse"}
+    return words.get(name, name.replace("_", " "))
+
+
+def metric_meaning(name: str) -> str:
+    """One line on what an evaluation's metric is; "" for one that is not known.
+
+    Example:
+        >>> metric_meaning("pass@8")
+        'chance that at least one of 8 sampled answers is right'
+    """
+    kind, _, count = name.partition("@")
+    several = f"{count} sampled answers" if count != "1" else "1 sampled answer"
+    return {
+        "accuracy": "share of problems whose one greedy answer is right",
+        "parsed": "share of greedy answers that are in the asked format, right or wrong",
+        "accuracy_parsed": "share of the answers that parse that is right",
+        "mean": f"share of {several} that is right, averaged over the problems",
+        "pass": f"chance that at least one of {several} is right",
+    }.get(kind, "")
+
+
 def evaluation_unit(metric: str, values: Sequence[float | None]) -> Unit:
     """Is an evaluation's metric a share (written in per cent) or a plain number?"""
     inside = all(value is None or 0 <= value <= 1 for value in values)

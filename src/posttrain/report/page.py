@@ -13,17 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.files import atomic_write
 from posttrain.report import charts
 from posttrain.report.charts import Chart
-from posttrain.report.comparison import compare, paired
+from posttrain.report.comparison import compare
 from posttrain.report.folder import RunFolder, Stage, read_folder
-from posttrain.report.names import BY_NAME, METRICS, PHASE, Unit, duration, evaluation_unit, number, phases_of, shares
-from posttrain.report.statistics import Interval
-from posttrain.report.summary import EvaluationSummary
+from posttrain.report.names import BY_NAME, METRICS, PHASE, duration, number, phases_of, shares
+from posttrain.report.results import lede, made_by, points, results_in_words, results_of
 from posttrain.report.warnings import warnings_in_words
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 SECRET = re.compile(
     r"(?i)^(\s*[\"']?[\w.-]*(?:api_?key|secret|password|access_token|auth_token|hf_token)[\"']?\s*[:=]\s*)(\S.*)$", re.M
@@ -33,25 +35,11 @@ SECRET = re.compile(
 KNOWN_SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})\b")
 """Values that are tokens by their looks."""
 
+MARKS = re.compile(r"(<\|[^<>|\s]{1,40}\|>)")
+"""Special tokens as chat templates write them."""
 
-@dataclass(frozen=True)
-class Card:
-    """One model's number on the first task."""
-
-    entry: EvaluationSummary
-    unit: Unit
-    change: Interval | None  # against the first model, on the same questions
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class Results:
-    """One metric on one task, for all models."""
-
-    title: str
-    entries: list[Card]
-    unit: Unit
-    chart: Chart | None
+COLOURS = 7
+"""Colours of the style sheet for phases of a step; one more is for `other`."""
 
 
 @dataclass(frozen=True)
@@ -100,26 +88,22 @@ def page(run: RunFolder) -> str:
     )
     environment.globals.update(number=number, duration=duration, points=points)
     environment.filters["clean"] = clean
-    results = _results(run)
+    environment.filters["marked"] = marked
+    results = results_of(run)
+    stages = [_stage(stage) for stage in run.stages]
     return environment.from_string(template).render(
         run=run,
-        lede=_lede(run, results),
+        lede=lede(results),
+        made_by=made_by(run),
         results=results,
-        stages=[_stage(stage) for stage in run.stages],
-        comparison=compare(run.answers),
+        results_warnings=results_in_words(results),
+        stages=stages,
+        colours_of=_phase_colours(stages),
+        comparison=compare(run.answers, run.starts),
         recipe=None if run.recipe is None else redacted(run.recipe),
         light=charts.LIGHT,
         dark=charts.DARK,
     )
-
-
-def points(change: Interval, unit: Unit) -> str:
-    """A difference with its interval: `+38.1 pts (+34.9 to +41.3)`, in points of a per cent for shares."""
-    scale, form = (100, "{:+.1f}") if unit == "share" else (1, "{:+.3g}")
-    value, low, high = (
-        form.format(scale * end).replace("-", "\u2212") for end in (change.value, change.low, change.high)
-    )
-    return f"{value}{' pts' if unit == 'share' else ''} ({low} to {high})"
 
 
 def clean(text: object, limit: int = 6000) -> str:
@@ -134,48 +118,34 @@ def clean(text: object, limit: int = 6000) -> str:
     return f"{shown[:limit]}\n… {len(shown) - limit:,} more characters"
 
 
+def marked(text: object) -> Markup:
+    """Clean text as HTML, special tokens such as `<|end|>` set apart from what the model says.
+
+    Example:
+        >>> str(marked("7 < 8<|end|>"))
+        '7 &lt; 8<span class="mark">&lt;|end|&gt;</span>'
+    """
+    from markupsafe import Markup, escape
+
+    parts = MARKS.split(clean(text))
+    return Markup("").join(
+        Markup('<span class="mark">{}</span>').format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
+    )
+
+
 def redacted(recipe: str) -> str:
     """The recipe without the values of keys and tokens."""
     return KNOWN_SECRETS.sub("•••", SECRET.sub(r"\1•••", recipe))
 
 
-def _results(run: RunFolder) -> list[Results]:
-    """One entry for each task, split and metric, in the order of the summary."""
-    groups: dict[tuple[str, str, str], list[EvaluationSummary]] = {}
-    for entry in run.evaluations:
-        groups.setdefault((entry["task"], entry["split"], entry["metric"]), []).append(entry)
-    found = []
-    for (task, split, metric), entries in groups.items():
-        unit = evaluation_unit(metric, [entry["value"] for entry in entries])
-        cards = []
-        for place, entry in enumerate(entries):
-            change = None if place == 0 else paired(run.answers, entries[0], entry)
-            cards.append(Card(entry, unit, change, place == len(entries) - 1))
-        known = [charts.Bar(e["model"], e["value"], e["low"], e["high"]) for e in entries if e["value"] is not None]
-        title = f"{_words(metric)} on {_words(task)} ({_words(split)})"
-        title = title[:1].upper() + title[1:]
-        chart = charts.bars(title, known, unit=unit) if known else None
-        found.append(Results(title, cards, unit, chart))
-    return found
-
-
-def _lede(run: RunFolder, results: Sequence[Results]) -> str:
-    """The run in one or two sentences."""
-    seconds = [stage.summary["seconds"] for stage in run.stages]
-    known = [value for value in seconds if value is not None]
-    said = f"{len(run.stages)} stage{'s' if len(run.stages) != 1 else ''}"
-    if known:
-        said += f", {duration(sum(known))} in all"
-    said += f", seed\u00a0{run.seed}." if run.seed is not None else "."
-    shown = [card.entry for card in results[0].entries if card.entry["value"] is not None] if results else []
-    if len(shown) < 2:
-        return said
-    first, last, unit = shown[0], shown[-1], results[0].unit
-    return (
-        f"{results[0].title} went from {number(first['value'], unit)} ({first['model']}) to "
-        f"{number(last['value'], unit)} "
-        f"({last['model']}), n\u00a0=\u00a0{last['n']:,}. {said}"
-    )
+def _phase_colours(stages: Sequence[StageView]) -> dict[str, int]:
+    """Phase -> number of its colour, the same in every stage: those that took longest get colours of their own."""
+    total: dict[str, float] = {}
+    for view in stages:
+        for name, seconds, _ in view.phases:
+            total[name] = total.get(name, 0.0) + seconds
+    longest = sorted((name for name in total if name != "other"), key=lambda name: -total[name])
+    return {name: place % COLOURS for place, name in enumerate(longest)} | {"other": COLOURS}
 
 
 def _stage(stage: Stage) -> StageView:
@@ -254,9 +224,3 @@ def _further(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float,
 def _number(row: Mapping[str, Any], name: str) -> float:
     value = row.get(name)
     return float(value) if isinstance(value, (int, float)) else float("nan")
-
-
-def _words(name: str) -> str:
-    return {"accuracy_parsed": "accuracy among parsed answers", "parsed": "answers that parse"}.get(
-        name, name.replace("_", " ")
-    )

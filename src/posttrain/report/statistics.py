@@ -4,7 +4,8 @@ Every interval has 95 % coverage unless said otherwise, and is a plain `Interval
 where:
 
 - shares (every value 0 or 1): Wilson's score interval, which stays inside [0, 1] and keeps a width at 0 and 1;
-- other means: Student's t interval, which needs no resampling and is wide where there are few values;
+- other means: Student's t interval, which needs no resampling and is wide where there are few values; left out of what a
+  person is shown below `FEW` values, and cut to [0, 1] for means of shares;
 - rewards of grouped samples: the t interval over the group means, because samples of one prompt are not independent;
 - pass@k and differences of two models: percentile bootstrap over questions, with a seed of its own.
 """
@@ -20,6 +21,9 @@ from statistics import NormalDist
 from posttrain.errors import ConfigError
 
 NAN = float("nan")
+FEW = 5
+"""Independent values below which an interval of other means than shares of yes and no says nothing worth reading."""
+
 MANY = 1_000
 """Degrees of freedom above which Student's t is taken from its expansion about the normal (error below 1e-9)."""
 
@@ -42,6 +46,22 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"
+
+    @property
+    def known(self) -> bool:
+        """Has it ends?"""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def worth_saying(self, *, share: bool = False) -> Interval:
+        """Itself, without ends where fewer than `FEW` units are behind it, and with ends inside [0, 1] where it is a share.
+
+        Example:
+            >>> str(Interval(0.25, -0.1, 0.6, 8).worth_saying(share=True)), str(Interval(0.25, -2.9, 3.4, 2).worth_saying())
+            ('0.25 [0, 0.6] (n = 8)', '0.25 [nan, nan] (n = 2)')
+        """
+        if self.n < FEW:
+            return Interval(self.value, NAN, NAN, self.n)
+        return Interval(self.value, max(0.0, self.low), min(1.0, self.high), self.n) if share and self.known else self
 
 
 def proportion_interval(successes: float, n: int, *, confidence: float = 0.95) -> Interval:
@@ -105,6 +125,24 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = student_quantile(0.5 + confidence / 2, n - 1) * deviation / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def share_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """The mean of shares, one a question: Wilson's interval when all are 0 or 1, else the t interval inside [0, 1].
+
+    Below `FEW` questions with shares between 0 and 1 there is no interval (NaN).
+
+    Args:
+        values: `[n]` in [0, 1], independent.
+        confidence: Coverage, in (0, 1).
+
+    Example:
+        >>> found = share_interval([0.0, 0.0, 0.0, 0.0, 0.0, 0.5])
+        >>> round(found.value, 4), found.low, round(found.high, 4)
+        (0.0833, 0.0, 0.2975)
+    """
+    found = mean_interval(values, confidence=confidence)
+    return found if all(value in (0, 1) for value in values) else found.worth_saying(share=True)
 
 
 def clustered_interval(values: Sequence[float], groups: Sequence[Hashable], *, confidence: float = 0.95) -> Interval:
@@ -173,7 +211,8 @@ def pass_at_k_interval(
 ) -> Interval:
     """The mean pass@k over questions, with an interval from resampling the questions.
 
-    Where every question gives exactly 0 or 1 (k = n = 1, or none solved), it is Wilson's interval.
+    Where every question gives exactly 0 or 1 (k = n = 1, or none solved), it is Wilson's interval; below `FEW` other
+    questions there is none (NaN).
 
     Args:
         counts: One `(answers, right answers)` a question.
@@ -181,7 +220,9 @@ def pass_at_k_interval(
         resamples: Bootstrap draws.
         seed: Of the bootstrap alone.
     """
-    return bootstrap_interval([pass_at_k(n, correct, k) for n, correct in counts], resamples=resamples, seed=seed)
+    chances = [pass_at_k(n, correct, k) for n, correct in counts]
+    found = bootstrap_interval(chances, resamples=resamples, seed=seed)
+    return found if all(chance in (0, 1) for chance in chances) else found.worth_saying()
 
 
 def bootstrap_interval(
