@@ -75,13 +75,9 @@ LEVELS: dict[str, Level] = {
         steps=((2, 0.5), (3, 0.5)), ranges={"small": (2, 9), "big": (4, 50), "huge": (20, 200)}, largest=300
     ),
     "demo": Level(
-        steps=((3, 1.0),), ranges={"small": (2, 12), "big": (10, 99), "huge": (50, 400)}, largest=999, longest=(60, 64)
-    ),
-    "new": Level(
         steps=((2, 0.5), (3, 0.5)),
         ranges={"small": (2, 9), "big": (4, 50), "huge": (20, 200)},
         largest=600,
-        rare=1.0,
         longest=(60, 64),
     ),
     "wide": Level(

@@ -201,7 +201,8 @@ class Trainer:
 
     def save(self, folder: Path, loss: float) -> None:
         """Write the model folder."""
-        given = {f"{name} asked": value for name, value in asdict(self.settings).items() if name != "out"}
+        settings = asdict(self.settings).items()
+        given = {f"{name} asked": value for name, value in settings if name != "out" and value != math.inf}
         facts = {**given, **self.counts, "documents": self.counts["pool"] * POOL, "loss": loss}
         save(self.model, self.tokenizer, folder, facts)
 
