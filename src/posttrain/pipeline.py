@@ -207,6 +207,7 @@ class Pipeline:
                 return list(done["numbers"])
         evaluation = self.plan.evaluation(spec)
         model, tokenizer = load(self.plan.folder_of(name))
+        model.use_quickest()
         with counted(f"evaluate {name}", quiet=self.quiet) as progress:
             outcome = evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
         make_folders(path.parent)

@@ -226,6 +226,7 @@ def opened(model: str, *, writes: bool = True) -> tuple[Any, Any, Any]:
     from posttrain.models.load import load
 
     loaded, tokenizer = load(model)
+    loaded.use_quickest()
     if writes and "reward" in loaded.heads:
         warnings.warn(f"{model} is a reward model: it was trained to score answers, not to write them", stacklevel=2)
     return loaded, tokenizer, renderer_of(loaded, tokenizer)

@@ -56,5 +56,5 @@ def test_the_reward_is_read_at_the_last_real_token() -> None:
     with torch.no_grad():
         Model.heads["reward"].weight.copy_(torch.tensor([[1.0, 10.0]]))
     hidden = torch.arange(10.0, dtype=torch.float64).view(5, 2)  # rows of 2 and 3 tokens, one after another
-    close(reads.reward.fn(Model, hidden, torch.tensor([0, 2, 5])), [2 + 30, 8 + 90])
-    close(reads.reward.fn(Model, hidden[:1], torch.tensor([0, 1])), [0 + 10])  # one row stays a row
+    close(reads.reward.fn(Model, hidden, torch.tensor([1, 4])), [2 + 30, 8 + 90])
+    close(reads.reward.fn(Model, hidden[:1], torch.tensor([0])), [0 + 10])  # one row stays a row

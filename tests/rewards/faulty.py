@@ -114,11 +114,15 @@ def leaves_children(answer):
     daemon += " + '\\n'); import time; time.sleep(600)"
     plain = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    numbers = Path(answer.info["file"])
+    before = len(numbers.read_text().split()) if numbers.exists() else 0
     subprocess.run([sys.executable, "-c", daemon], check=True)
+    while not numbers.exists() or len(numbers.read_text().split()) == before:
+        time.sleep(0.01)  # the orphan writes its number in its own time
     forked = os.fork()
     if forked == 0:
         time.sleep(600)
-    with Path(answer.info["file"]).open("a") as file:
+    with numbers.open("a") as file:
         file.write(f"{plain.pid}\n{other.pid}\n{forked}\n")
     if _bad(answer):
         os._exit(1)

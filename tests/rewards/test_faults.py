@@ -167,14 +167,14 @@ def test_a_flood_of_output_fills_neither_memory_nor_disk() -> None:
 @pytest.mark.parametrize("bad", [(), (0,)])
 def test_children_die_with_their_worker(tmp_path: Path, bad: tuple[int, ...]) -> None:
     file = tmp_path / "pids"
-    runner = RewardRunner()
-    found, _ = runner.judge(faulty("leaves_children"), answers(1, bad=bad, file=str(file)))
-    assert isinstance(found[0], InfraError) == bool(bad)
-    pids = [int(line) for line in file.read_text().split()]
-    assert len(pids) == (8 if bad else 4)
-    if not bad:
-        assert all(alive(pid) for pid in pids)
-    runner.close()
+    expected = 8 if bad else 4
+    with RewardRunner() as runner:
+        found, _ = runner.judge(faulty("leaves_children"), answers(1, bad=bad, file=str(file)))
+        assert isinstance(found[0], InfraError) == bool(bad)
+        pids = [int(line) for line in file.read_text().split()]
+        assert len(pids) == expected
+        if not bad:
+            assert all(alive(pid) for pid in pids)
     assert wait_dead(pids)
 
 

@@ -22,7 +22,7 @@ from posttrain.errors import CheckpointError, ConfigError, nearest
 from posttrain.models.attention import attend, probabilities
 from posttrain.models.decoder import Decoder, causal_lm, supports
 from posttrain.models.foreign import ForeignTrunk
-from posttrain.models.gemm import Precision, linear_of
+from posttrain.models.gemm import Precision, linear_of, settle
 from posttrain.models.heads import ScalarHead, reward_head, value_head
 
 if TYPE_CHECKING:
@@ -239,6 +239,11 @@ class LanguageModel:
         self.precision = precision
         if self.decoder is not None:
             self.decoder.linear = linear
+
+    def use_quickest(self) -> None:
+        """Compute float32 on the back end that a probe finds quickest here: for a model that only writes and is evaluated."""
+        if self.decoder is not None and self.device.type == "cpu" and self.dtype == torch.float32:
+            self.use_precision(settle("fast")[0])
 
     @contextmanager
     def adapters_off(self) -> Iterator[LanguageModel]:
