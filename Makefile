@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PROCESSES ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-slow lint types bench install docs clean
@@ -18,8 +19,8 @@ $(VENV)/.dev: $(VENV)/.base
 
 install: $(VENV)/.base
 
-demo: $(VENV)/.base  ## base model -> cold start -> GRPO, minutes on two cores; writes runs/demo/report.html
-	$(BIN)/posttrain demo --out runs/demo
+demo: $(VENV)/.base  ## base model -> cold start -> GRPO, minutes on two cores (PROCESSES=1 for one); writes runs/demo/report.html
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m posttrain demo --out runs/demo
 
 test: $(VENV)/.dev lint types  ## linters, the strict type check and the test suite
 	$(BIN)/python -m pytest

@@ -37,11 +37,14 @@ def runs(model: Path, out: Path) -> dict[str, Run]:
 
 
 def pipeline(model: Path, out: Path, world: World) -> None:
-    """Answers to three prompts, all kept, then imitated."""
+    """Answers to three prompts, all kept, then imitated; two models evaluated."""
     data = {"file": str(jsonl(out.parent / f"{out.name}-{world.rank}.jsonl", demonstrations(3)))}
     sampled = {"name": "write", "sample": "answers", "data": data, "samples": 2, "run": {"sampling": {"max_tokens": 5}}}
     imitated = {"name": "imitate", "train": "sft", "data": {"stage": "write"}, "run": {"steps": 2, "dtype": "float64"}}
-    tree = {"name": "pipeline", "model": str(model), "stages": [sampled, imitated]}
+    asked = {"of": ["base", "imitate"], "split": "test", "count": 3, "max_tokens": 4, "samples": 2}
+    task = {"name": "word-problems", "level": "easy"}
+    stages = [{**sampled, "keep": "all"}, imitated]
+    tree = {"name": "pipeline", "model": str(model), "task": task, "stages": stages, "evaluate": [asked]}
     Pipeline(parse_recipe(tree), out, quiet=True, world=world).run()
 
 

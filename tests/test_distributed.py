@@ -71,6 +71,9 @@ def test_a_save_of_two_ranks_goes_on_with_one(two_ranks: Path, small_model: Path
 def test_a_pipeline_of_two_ranks_writes_each_artifact_once(two_ranks: Path, small_model: Path, tmp_path: Path) -> None:
     ranks.pipeline(small_model, tmp_path / "pipeline", World())
     one, two = tmp_path / "pipeline", two_ranks / "pipeline"
+    numbers = [json.loads((out / "summary.json").read_text())["evaluations"] for out in (one, two)]
+    assert numbers[0] == numbers[1]
+    assert {number["model"] for number in numbers[1]} == {"base", "imitate"}
     texts = [(out / "write/rows/rows.jsonl").read_text() for out in (one, two)]
     rows = [[json.loads(line)["sample"] for line in text.splitlines()] for text in texts]
     assert len(rows[0]) == 6

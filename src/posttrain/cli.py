@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,6 +108,11 @@ def run_command(
     _run(recipe, out or Path("runs") / Path(recipe).stem, small=small, changes=changes, quiet=quiet)
 
 
+def _speaks() -> bool:
+    """Under torchrun one process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _run(recipe: str, out: Path, *, small: bool, changes: dict[str, Any], quiet: bool) -> None:
     from posttrain.pipeline import run_recipe
     from posttrain.recipe import load_recipe
@@ -114,7 +120,7 @@ def _run(recipe: str, out: Path, *, small: bool, changes: dict[str, Any], quiet:
     loaded = load_recipe(recipe, small=small, changes=changes)
     with _interruptible(out):
         report = run_recipe(loaded, out, quiet=quiet)
-    if not quiet:
+    if not quiet and _speaks():
         from posttrain.report.summary import read_summary
 
         numbers = read_summary(out)["evaluations"]
@@ -177,7 +183,7 @@ def train(
     )
     with _interruptible(Path(run.out)), own_code(run.out):
         result = begin(run)
-    if not quiet:
+    if not quiet and _speaks():
         steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
         print(f"The model: {result.model}   ({steps}, {result.seconds:.0f} s)")
         _next(*next_commands(run, result.model, task=task, data=data))

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from posttrain.blame import own_code
-from posttrain.distributed.world import World
+from posttrain.distributed.world import ALONE_SECONDS, World
 from posttrain.errors import CheckpointError
 from posttrain.files import atomic_folder, atomic_write, make_folders
 from posttrain.manifest import hash_folder, write_manifest
@@ -64,12 +64,16 @@ class Pipeline:
             )
         for stage in self.recipe.stages:
             self.stages.append(self._stage(stage))
+        asked = [(spec, name) for spec in self.recipe.evaluate for name in spec.of]
+        if self.world.size > 1:  # each rank makes its share, and the first one reads them all
+            for spec, name in asked[self.world.rank :: self.world.size]:
+                self._evaluation(spec, name)
+            self.world.barrier("the evaluations", timeout_seconds=ALONE_SECONDS)
         if self.world.rank != 0:
             return self.out / "report.html"
-        for spec in self.recipe.evaluate:
-            for name in spec.of:
-                self.evaluations += self._evaluation(spec, name)
-                self._summarise()
+        for spec, name in asked:
+            self.evaluations += self._evaluation(spec, name)
+            self._summarise()
         self._summarise()
         return write_report(self.out)
 
@@ -208,7 +212,7 @@ class Pipeline:
         evaluation = self.plan.evaluation(spec)
         model, tokenizer = load(self.plan.folder_of(name))
         model.use_quickest()
-        with counted(f"evaluate {name}", quiet=self.quiet) as progress:
+        with counted(f"evaluate {name}", quiet=self.quiet or self.world.rank != 0) as progress:
             outcome = evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
         make_folders(path.parent)
         lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in outcome.records)

@@ -17,7 +17,7 @@ import torch
 
 from posttrain import held_out, monitor
 from posttrain.capture import captured, restore
-from posttrain.distributed.world import World
+from posttrain.distributed.world import ALONE_SECONDS, World
 from posttrain.errors import ConfigError, NumericsError
 from posttrain.experience import Desk, renderer_of
 from posttrain.files import atomic_folder, atomic_write, make_folders, run_lock
@@ -393,7 +393,7 @@ class Session:
                 if value > self.best.get("value", -math.inf):
                     self.best = {"value": value, "step": float(self.step)}
                     self._save_model(self.out / "best")
-            self.world.barrier("the evaluation by rank 0", timeout_seconds=_ALONE_SECONDS)
+            self.world.barrier("the evaluation by rank 0", timeout_seconds=ALONE_SECONDS)
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -404,7 +404,7 @@ class Session:
             with phases.of("save"):
                 if self.world.rank == 0:
                     self._save()
-                self.world.barrier("a save by rank 0", timeout_seconds=_ALONE_SECONDS)
+                self.world.barrier("a save by rank 0", timeout_seconds=ALONE_SECONDS)
 
     def _save(self) -> None:
         tensors, values = captured(self)
@@ -426,12 +426,10 @@ class Session:
                 self._save()
             if not whole(model, {"identity": self.identity, "step": self.step}):
                 self._save_model(model)
-        self.world.barrier("the final save", timeout_seconds=_ALONE_SECONDS)
+        self.world.barrier("the final save", timeout_seconds=ALONE_SECONDS)
         best = self.out / "best"
         return model, best if best.exists() else None
 
-
-_ALONE_SECONDS = 6 * 3600.0  # what the other ranks grant rank 0 for an evaluation or a save
 
 _FREE = ("out", "save_every", "quiet", "show", "writers", "evaluate_every")
 """Settings that may differ when a run goes on: they do not touch the weights."""

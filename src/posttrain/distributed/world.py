@@ -27,8 +27,10 @@ from torch.distributed.rendezvous import rendezvous
 from posttrain.errors import ConfigError, WorldError
 from posttrain.exact_json import JSON, dumps, loads
 
-__all__ = ["World"]
+__all__ = ["ALONE_SECONDS", "World"]
 
+ALONE_SECONDS = 6 * 3600.0
+"""What ranks grant one of them for work of its own: an evaluation, a save."""
 BUCKET_BYTES = 32 << 20
 ANSWER_SECONDS = 2.0  # how long a failed wait listens for the other ranks before it names the missing
 
