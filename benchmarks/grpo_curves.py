@@ -4,8 +4,9 @@
 
 Both sides see the same prompts in the same order, the same reward (1 for a right answer, else 0), G answers a prompt at
 temperature 1, one update a batch, no KL term, AdamW with a constant rate and clipping at norm 1.  Answers differ, since the
-samplers draw differently.  Accuracy is greedy on the test split by one sampler for both; intervals are Wilson's at 95 % for
-one seed and Student's t over seeds.  TRL adds 1e-4 to a group's deviation, and so does this side here; a batch in which no group
+samplers draw differently.  Accuracy is greedy on the test split by one sampler for all; intervals are Wilson's at 95 % for
+one seed and Student's t over seeds.  `ours-bf16` multiplies in bf16 with float32 weights, in
+sampling and training, as recipes may.  TRL adds 1e-4 to a group's deviation, and so does this side here; a batch in which no group
 has signal is no step here and one of momentum alone in TRL.
 """
 
@@ -26,6 +27,7 @@ from posttrain.data.chat import Renderer
 from posttrain.formulas.advantages import group_zscore_sample
 from posttrain.method import Optimizer
 from posttrain.methods import GRPO
+from posttrain.models.gemm import Precision
 from posttrain.models.load import load
 from posttrain.models.model import LanguageModel
 from posttrain.samplers import NativeSampler
@@ -55,10 +57,13 @@ def accuracy(model: LanguageModel, tokenizer: Any, test: Sequence[dict[str, Any]
     return sum(right) / len(right)
 
 
-def ours(args: argparse.Namespace, seed: int, train: Sequence[dict[str, Any]]) -> tuple[LanguageModel, list[float]]:
+def ours(
+    args: argparse.Namespace, seed: int, train: Sequence[dict[str, Any]], precision: Precision
+) -> tuple[LanguageModel, list[float]]:
     """Train here; returns the model and the mean reward of every step."""
     model, tokenizer = load(args.model)
-    engine = Engine({"policy": model}, GRPO(beta=0.0, advantage=partial(group_zscore_sample, eps=1e-4)))
+    method = GRPO(beta=0.0, advantage=partial(group_zscore_sample, eps=1e-4))
+    engine = Engine({"policy": model}, method, precision=precision)
     engine.stepper = Stepper(Optimizer(lr=args.lr), engine.stepper.parameters, args.steps)
     renderer = Renderer(tokenizer)
     sampler = NativeSampler(model, tokenizer, stop_tokens=renderer.stop_tokens)
@@ -111,6 +116,9 @@ def trl(args: argparse.Namespace, seed: int, train: Sequence[dict[str, Any]]) ->
     return model, curve
 
 
+SIDES = {"ours": partial(ours, precision="exact"), "ours-bf16": partial(ours, precision="bf16"), "trl": trl}
+
+
 def wilson(share: float, count: int) -> tuple[float, float]:
     """95 % interval of a share of `count`."""
     z = 1.96
@@ -139,7 +147,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--level", default="demo")
     parser.add_argument("--test", type=int, default=200, help="problems to evaluate on")
-    parser.add_argument("--sides", nargs="*", choices=["ours", "trl"], default=["ours", "trl"])
+    parser.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--out", type=Path, required=True, help="folder for curves.json")
     args = parser.parse_args()
     one_thread()
@@ -153,8 +161,9 @@ def main() -> None:
         train = rows("train", args.steps * args.prompts, level=args.level, seed=seed)
         for side in args.sides:
             began = time.process_time()
-            model, curve = (ours if side == "ours" else trl)(args, seed, train)
+            model, curve = SIDES[side](args, seed, train)
             spent = time.process_time() - began
+            model.use_precision("exact")
             share = accuracy(model, tokenizer, test, args.max_tokens)
             found.append({"side": side, "seed": seed, "accuracy": share, "cpu_seconds": spent, "reward": curve})
             print(f"seed {seed} {side}: {share:.3f} {wilson(share, len(test))}, {spent:.0f} CPU s", flush=True)
