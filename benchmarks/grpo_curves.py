@@ -3,7 +3,7 @@
     python -m benchmarks.grpo_curves --model runs/cold-start/model --seeds 5 --steps 120 --out curves
 
 Both sides see the same prompts in the same order, the same reward (1 for a right answer, else 0), G answers a prompt at
-temperature 1, one update a batch, no KL term, AdamW with a constant rate and clipping at norm 1.  Answers differ, since the
+temperature 1, one update a batch, no KL term, AdamW with a linear schedule and clipping at norm 1.  Answers differ, since the
 samplers draw differently.  Accuracy is greedy on the test split by one sampler for all; intervals are Wilson's at 95 % for
 one seed and Student's t over seeds.  `ours-bf16` multiplies in bf16 with float32 weights, in
 sampling and training, as recipes may.  TRL adds 1e-4 to a group's deviation, and so does this side here; a batch in which no group
@@ -23,6 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from posttrain.bench.engine import Engine
+from posttrain.bench.setting import one_thread
+from posttrain.bench.trl import quiet, trl_settings
 from posttrain.data.chat import Renderer
 from posttrain.formulas.advantages import group_zscore_sample
 from posttrain.method import Optimizer
@@ -34,8 +37,6 @@ from posttrain.samplers import NativeSampler
 from posttrain.step import Stepper
 from posttrain.tasks.word_problems import rows, verify
 from posttrain.types import Sampling, Score
-
-from .sides import Engine, one_thread, quiet, trl_settings
 
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t at 97.5 %, by degrees of freedom."""
@@ -64,7 +65,8 @@ def ours(
     model, tokenizer = load(args.model)
     method = GRPO(beta=0.0, advantage=partial(group_zscore_sample, eps=1e-4))
     engine = Engine({"policy": model}, method, precision=precision)
-    engine.stepper = Stepper(Optimizer(lr=args.lr), engine.stepper.parameters, args.steps)
+    settings = Optimizer(lr=args.lr, beta2=args.beta2, schedule="linear", warmup=args.warmup)
+    engine.stepper = Stepper(settings, engine.stepper.parameters, args.steps)
     renderer = Renderer(tokenizer)
     sampler = NativeSampler(model, tokenizer, stop_tokens=renderer.stop_tokens)
     curve = []
@@ -96,7 +98,16 @@ def trl(args: argparse.Namespace, seed: int, train: Sequence[dict[str, Any]]) ->
         curve.append(statistics.mean(found))
         return found
 
-    settings = trl_settings(max_steps=args.steps, seed=seed, learning_rate=args.lr, max_grad_norm=1.0, weight_decay=0.0)
+    settings = trl_settings(
+        max_steps=args.steps,
+        seed=seed,
+        learning_rate=args.lr,
+        adam_beta2=args.beta2,
+        lr_scheduler_type="linear",
+        warmup_steps=args.warmup,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+    )
     config = GRPOConfig(
         num_generations=args.group,
         per_device_train_batch_size=args.prompts * args.group,
@@ -145,6 +156,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="answers a prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--beta2", type=float, default=0.98, help="AdamW's second decay")
+    parser.add_argument("--warmup", type=int, default=8, help="steps until the full rate, which then falls to 0")
     parser.add_argument("--level", default="demo")
     parser.add_argument("--test", type=int, default=200, help="problems to evaluate on")
     parser.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES))

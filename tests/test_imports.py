@@ -22,7 +22,7 @@ LEVELS = [
     {"methods", "data", "samplers", "rewards", "tasks", "tiny", "report"},
     {"experience", "score", "step", "scoring", "monitor", "evaluation", "wiring", "options"},
     {"session", "opening", "capture", "held_out", "run", "recipe", "catalogue", "blame", "plan"},
-    {"pipeline", "quick"},
+    {"pipeline", "quick", "bench"},
     {"cli"},
     {"__main__", "__init__", "recipes"},
 ]

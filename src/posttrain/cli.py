@@ -1,4 +1,4 @@
-"""The command line: `posttrain demo | run | train | sample | evaluate | chat | report | methods | doctor`."""
+"""The command line: `posttrain demo | run | train | sample | evaluate | chat | report | methods | doctor | bench`."""
 
 from __future__ import annotations
 
@@ -332,6 +332,27 @@ def doctor(
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that everything runs, measures nothing.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write machine and rows to this file, row by row.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Measure this model in place of the usual shapes.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="A part: sft, dpo, grpo, decode ... (repeat for more).")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Paired rounds of each row, at least 5.")] = 5,
+    device: Annotated[str, typer.Option("--device", help="'cpu', or 'cuda' for the rows of a GPU.")] = "cpu",
+) -> None:
+    """Speed and memory here and in TRL and transformers, on the same work, as ratios with their spread.
+
+    Needs a quiet machine and half an hour; one thread. Examples: `posttrain bench --quick`,
+    `posttrain bench --json bench.json`, `posttrain bench --only decode --only grpo`.
+    """
+    from posttrain.bench import Setting
+    from posttrain.bench import bench as measure
+
+    setting = Setting(quick=quick, rounds=rounds, model=model, device=device)
+    measure(setting, parts=only or (), json_file=json_file)
 
 
 def _shown(numbers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 from posttrain.methods import GRPO
 from posttrain.models.gemm import Precision
 from posttrain.models.model import LanguageModel
 from posttrain.samplers import NativeSampler
-from posttrain.types import Origin, Sample, Sampling
+from posttrain.types import Sample, Sampling
 
+from .engine import Engine
 from .measure import Row, Seconds, Side, clocked, paired
-from .sides import Engine, Setting, TrlLoop, tokenizer, trl_settings, twin
+from .setting import Setting, blank, has_trl, tokenizer
+from .trl import TrlLoop, trl_settings, twin
 
-PEER = "TRL GRPOTrainer"
+PEER = "TRL GRPOTrainer, generate"
 
 
 def reward(tokens: list[int]) -> float:
@@ -34,11 +36,10 @@ def ours(model: LanguageModel, asked: list[str], group: int, new: int, steps: in
     sampler = NativeSampler(model, tokens, stop_tokens=(), max_batch=64)
 
     def step() -> None:
-        samples = []
+        samples: list[Sample] = []
         for number, text in enumerate(asked):
             ids = tokens(text)["input_ids"]
-            blank = Sample(tokens=ids, origin=[Origin.USER] * len(ids), trained=[False] * len(ids), group=str(number))
-            samples += [replace(blank, index=len(samples) + i) for i in range(group)]
+            samples += [blank(ids, group=str(number), index=len(samples) + i) for i in range(group)]
         written = sampler.sample(samples, sampling=Sampling(max_tokens=new), seed=0, step=engine.number)
         if any(len(answer.completion) != new for answer in written):
             raise RuntimeError("an answer ended early: the comparison would not be fair")
@@ -56,8 +57,10 @@ def ours(model: LanguageModel, asked: list[str], group: int, new: int, steps: in
     return run
 
 
-def trl(model: LanguageModel, asked: list[str], group: int, new: int, steps: int, **settings: Any) -> Side:
-    """TRL's rounds, with `generate`."""
+def trl(model: LanguageModel, asked: list[str], group: int, new: int, steps: int, **settings: Any) -> Side | None:
+    """TRL's rounds, with `generate`; None where it is not installed."""
+    if not has_trl():
+        return None
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -78,27 +81,31 @@ def trl(model: LanguageModel, asked: list[str], group: int, new: int, steps: int
         **trl_settings(max_steps=steps + 1, **settings),
     )
     data = Dataset.from_list([{"prompt": text} for text in asked])
-    trainer = GRPOTrainer(
-        model=twin(model), reward_funcs=judge, args=config, train_dataset=data, processing_class=tokenizer()
-    )
+    trainer = GRPOTrainer(model=twin(model), reward_funcs=judge, args=config, train_dataset=data, processing_class=tokenizer())
     return TrlLoop(trainer, float(steps))
 
 
-def rows(setting: Setting) -> list[Row]:
-    """The comparisons."""
-    count, group, new, steps = (2, 4, 8, 1) if setting.quick else (8, 8, 64, 2)
-    asked = prompts(count, 16)
-    found = []
-    cases: list[tuple[Precision, str]] = [
-        ("exact", "fp32 exact"),
-        ("fast", "fp32 oneDNN"),
-        ("bf16", "bf16 products, fp32 weights"),
+def rows(setting: Setting) -> Iterator[Row]:
+    """The comparisons: short prompts in every precision, long ones that a group shares."""
+    fp32, bf16, both = setting.precisions
+    short, long = (8, 16, 8, 64, 2), (4, 256, 8, 64, 1)  # prompts, tokens of each, answers of each, tokens, steps
+    if setting.quick:
+        short, long = (2, 8, 4, 8, 1), (2, 32, 4, 8, 1)
+    cases = [
+        ("grpo_short", short, bf16, 3.5),
+        ("grpo_short_fp32", short, fp32, None),
+        ("grpo_short_both", short, both, None),
+        ("grpo_shared", long, bf16, 5.0),
+        ("grpo_shared_both", long, both, None),
     ]
-    for precision, mine in cases:
-        what = f"{setting.shape}, {count} prompts of 16 x {group} answers of {new}; ours {mine}; TRL generate, fp32"
+    for key, (count, words, group, new, steps), compared, goal in cases:
+        asked = prompts(count, words)
+        what = f"{setting.words('3m')}, {count} prompts of {words} x {group} answers of {new} tokens; {compared.words}"
         sides = (
-            ours(setting.model(), asked, group, new, steps, precision),
-            trl(setting.model(), asked, group, new, steps),
+            ours(setting.load("3m"), asked, group, new, steps, compared.ours),
+            trl(setting.load("3m"), asked, group, new, steps, bf16=compared.peer_bf16),
         )
-        found.append(paired(f"grpo/{precision}", what, *sides, rounds=setting.rounds, peer_name=PEER, unit="CPU ms/step"))
-    return found
+        yield paired(key, what, *sides, rounds=setting.rounds, peer_name=PEER, unit=f"{setting.unit}ms/step", goal=goal)
+
+
+__all__ = ["ours", "prompts", "reward", "rows", "trl"]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from posttrain.methods import DPO
 from posttrain.models.gemm import Precision
 from posttrain.models.model import LanguageModel
 
+from .engine import Engine
 from .measure import Row, Seconds, Side, clocked, paired
-from .sides import Engine, Setting, TrlLoop, ragged, sample, tokenizer, trl_settings, twin
+from .setting import Setting, has_trl, ragged, sample, tokenizer
+from .trl import TrlLoop, trl_settings, twin
 
 PAIRS, PROMPT = 4, 8
+PEER = "TRL DPOTrainer"
 Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
 
@@ -42,12 +48,14 @@ def ours(models: dict[str, LanguageModel], work: list[list[Pair]], precision: Pr
     return run
 
 
-def trl(model: LanguageModel, reference: LanguageModel, work: list[list[Pair]]) -> Side:
-    """TRL's rounds, on the same tokens."""
+def trl(model: LanguageModel, reference: LanguageModel, work: list[list[Pair]], **settings: Any) -> Side | None:
+    """TRL's rounds, on the same tokens; None where it is not installed."""
+    if not has_trl():
+        return None
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    config = DPOConfig(**trl_settings(per_device_train_batch_size=PAIRS, max_steps=len(work), max_length=None))
+    config = DPOConfig(**trl_settings(per_device_train_batch_size=PAIRS, max_steps=len(work), max_length=None, **settings))
     text = Dataset.from_list([{"prompt": "1", "chosen": " 2", "rejected": " 3"}])
     trainer = DPOTrainer(
         model=twin(model), ref_model=twin(reference), args=config, train_dataset=text, processing_class=tokenizer()
@@ -58,20 +66,15 @@ def trl(model: LanguageModel, reference: LanguageModel, work: list[list[Pair]]) 
     return TrlLoop(trainer, float(len(work) - 1))
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> Iterator[Row]:
     """The comparisons."""
     work = pairs(setting)
-    found = []
-    cases: list[tuple[Precision, str]] = [
-        ("exact", "fp32 exact"),
-        ("fast", "fp32 oneDNN"),
-        ("bf16", "bf16 products, fp32 weights"),
-    ]
-    for precision, mine in cases:
-        what = f"{setting.shape}, batch {PAIRS} pairs, prompt {PROMPT}, answers of 16 to 256; ours packed, {mine}; TRL padded, fp32"
-        mines = {"policy": setting.model(), "reference": setting.model(seed=1).frozen_copy()}
-        sides = ours(mines, work, precision), trl(setting.model(), setting.model(seed=1), work)
-        found.append(
-            paired(f"dpo/{precision}", what, *sides, rounds=setting.rounds, peer_name="TRL DPOTrainer", unit="CPU ms/step")
-        )
-    return found
+    for compared in setting.precisions:
+        what = f"{setting.words('3m')}, {PAIRS} pairs, prompt {PROMPT}, answers of 16 to 256 tokens; {compared.words}"
+        mine = {"policy": setting.load("3m"), "reference": setting.load("3m", seed=1).frozen_copy()}
+        peer = trl(setting.load("3m"), setting.load("3m", seed=1), work, bf16=compared.peer_bf16)
+        sides = ours(mine, work, compared.ours), peer
+        yield paired(f"dpo_{compared.key}", what, *sides, rounds=setting.rounds, peer_name=PEER, unit=f"{setting.unit}ms/step")
+
+
+__all__ = ["PAIRS", "PROMPT", "ours", "pairs", "rows", "trl"]

@@ -1,0 +1,107 @@
+"""What is counted and not timed: real tokens among those computed, and how far sampler and trainer are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from posttrain import reads
+from posttrain.forward import read
+from posttrain.layout import Layout
+from posttrain.method import Method
+from posttrain.methods import DPO, GRPO, PPO, SFT, BradleyTerry
+from posttrain.models.attention import plan
+from posttrain.models.model import LanguageModel
+from posttrain.pack import pack
+from posttrain.samplers import NativeSampler
+from posttrain.types import Sample, Sampling, View
+
+from .decoding import make_prompts
+from .engine import Engine
+from .measure import Row
+from .setting import Setting, blank, ragged, sample
+
+
+class Watched:
+    """Counts what the trunk of a model computes."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.products = self.attended = self.rows = 0  # tokens that go through linear layers, through attention; in attention, real
+        trunk = model.trunk
+
+        def counted(layout: Layout, **settings: Any) -> Any:
+            self.products += layout.num_tokens
+            self.rows += layout.num_tokens
+            self.attended += sum(group.rows * group.width for group in plan(layout).groups)
+            return trunk(layout, **settings)
+
+        model.trunk = counted  # type: ignore[method-assign]
+
+
+def ragged_samples(method: Method) -> list[Sample]:
+    """16 ragged rows: pairs where the method wants pairs, groups of 4 otherwise."""
+    answers, prompts = ragged(16, low=16, high=256, seed=5), ragged(16, low=8, high=64, seed=6)
+    each = 2 if method.unit == "pair" else 4
+    told: dict[str, Any] = {} if method.rows != "prompts" else {"reward": 0.0}
+    found = []
+    for i, answer in enumerate(answers):
+        prompt = prompts[i // each] if method.rows != "demonstrations" else prompts[i]
+        if "reward" in told:
+            told["reward"] = float(i % 3)
+            told["logprobs"] = [0.0] * (len(prompt) + len(answer))
+        found.append(sample(prompt, answer, group=str(i // each), index=i, **told))
+    return found
+
+
+def shares(setting: Setting, method: Method) -> tuple[float, float, float]:
+    """Shares of real tokens in products and in attention, and that of the same rows in a padded batch."""
+    models = {name: setting.load("nothing") for name in ("policy", "reference", "critic")}
+    models["critic"].add_value_head()
+    models["policy"].add_reward_head()
+    watched = [Watched(model) for model in models.values()]
+    samples = ragged_samples(method)
+    Engine(models, method).step(samples)
+    products, attended = sum(each.products for each in watched), sum(each.attended for each in watched)
+    real = sum(each.rows for each in watched)
+    lengths = [len(row) for row in samples]
+    return real / products, real / attended, sum(lengths) / (len(lengths) * max(lengths))
+
+
+def real_tokens(setting: Setting) -> Iterator[Row]:
+    """The worst of the methods, in products and in attention."""
+    methods: dict[str, Method] = {"SFT": SFT(), "reward model": BradleyTerry(), "DPO": DPO(), "PPO": PPO(), "GRPO": GRPO()}
+    found = {name: shares(setting, method) for name, method in methods.items()}
+    rows = "16 ragged rows of 24 to 320 tokens; the peer's are padded to the longest"
+    for place, key, where in ((0, "real_tokens", "linear layers"), (1, "real_tokens_attention", "attention")):
+        worst = min(found, key=lambda name: found[name][place])
+        own, other = 100 * found[worst][place], 100 * found[worst][2]
+        what = f"share of real tokens in what {where} compute, worst of {', '.join(methods)}: {worst}; {rows}"
+        ratio = own / other
+        yield Row(key, what, ratio, ratio, ratio, "%", own, other, "padded batches")
+
+
+def logprob_gap(setting: Setting) -> Iterator[Row]:
+    """Largest difference of a log-probability between sampler and trainer, in float32."""
+    model = setting.load("embedded")
+    new = 8 if setting.quick else 64
+    for precision in dict.fromkeys(("exact", setting.fp32.ours)):
+        model.use_precision(precision)
+        prompts = make_prompts(model, 8 if setting.quick else 64, 16)
+        sampler = NativeSampler(model, None, stop_tokens=())
+        asked = [blank(prompt, index=i) for i, prompt in enumerate(prompts)]
+        written = sampler.sample(asked, sampling=Sampling(max_tokens=new), seed=0, step=0)
+        batch = pack(written, step=0).to(model.device)
+        seen = read({"policy": model}, batch, {"policy": View(reads=(reads.logprob,), grad=False)})
+        gap = float(((seen.policy.logprob - batch.logprobs).abs() * batch.mask).max())
+        what = f"{setting.words('embedded')}, {len(prompts)} answers of {new}, largest |sampler - trainer|; fp32, {precision}"
+        key = "logprob_gap" if precision == setting.fp32.ours else "logprob_gap_exact"
+        yield Row(key, what, None, None, None, "nats", gap)
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """All of them."""
+    yield from real_tokens(setting)
+    yield from logprob_gap(setting)
+
+
+__all__ = ["rows"]
