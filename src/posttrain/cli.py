@@ -395,7 +395,10 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
 
 def main() -> None:
     """Entry point: errors of this library, and of the disk, are one clear line, everything else is a traceback."""
+    from posttrain.allocator import keep_freed_memory
+
     warnings.showwarning = _warning
+    keep_freed_memory()
     try:
         app()
     except PosttrainError as error:

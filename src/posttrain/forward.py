@@ -147,20 +147,13 @@ def read(
     seen = given or Readings()
     wanted = wanted_beside(views) | set(keep)
     beside: dict[str, tuple[LanguageModel, Tensor]] = {}
-    laid: dict[bool, tuple[Layout, Trained]] = {}  # of `batch` itself: with common beginnings once, or rows whole
     for name, view in views.items():
         model = _model(models, view.model)
         if name in seen and name not in wanted:
             continue
         source = view.inputs(batch, seen) if view.inputs else batch
-        shares = _shares(model, view)
-        if source is not batch or shares not in laid:
-            lay = (shared_layout(source) if shares else None) or layout(source)
-            trained = Trained.of(source, lay)
-            if source is batch:
-                laid[shares] = (lay, trained)
-        else:
-            lay, trained = laid[shares]
+        lay = _laid_out(source, shares=_shares(model, view))
+        trained = Trained.of(source, lay)
         if name in seen:
             kept = getattr(getattr(seen, name), BESIDE)
             beside[name] = (model, kept[trained.row, trained.position])
@@ -174,6 +167,15 @@ def read(
                 values.pop(BESIDE)
         seen = seen.plus(name, values)
     return seen
+
+
+def _laid_out(batch: Batch, *, shares: bool) -> Layout:
+    """The batch's tokens, with common beginnings once where that `shares` enough; worked out once for all views and updates."""
+    key = ("layout", shares)
+    if key not in batch.memo:
+        batch.memo[key] = (shared_layout(batch) if shares else None) or layout(batch)
+    found: Layout = batch.memo[key]
+    return found
 
 
 def _shares(model: LanguageModel, view: View) -> bool:

@@ -18,10 +18,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST = -80.0
+"""Nats below which a token adds nothing to an entropy: its probability would be denormal, on which CPUs are slow."""
+
+
 def log_probabilities(logits: Tensor, at: At) -> Tensor:
-    """`log softmax(logits / temperature)`, in float32 at least.  `[n, V] -> [n, V]`."""
+    """`log softmax(logits / temperature)`, in float32 at least; worked out once for all reads of a chunk.  `[n, V] -> [n, V]`."""
+    if at.memo.get("logits") is logits:
+        found = at.memo["logp"]
+        return found if torch.is_grad_enabled() else found.detach()
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return (wide / at.temperature.to(wide.dtype).unsqueeze(-1)).log_softmax(-1)
+    temperature = at.temperature
+    if temperature.device.type != "cpu" or not bool((temperature == 1).all()):
+        wide = wide / temperature.to(wide.dtype).unsqueeze(-1)
+    logp = wide.log_softmax(-1)
+    if torch.is_grad_enabled() or not logits.requires_grad:
+        at.memo.update(logits=logits, logp=logp)
+    return logp
 
 
 def chosen(values: Tensor, at: At) -> Tensor:
@@ -34,9 +47,8 @@ def _logprob(logits: Tensor, at: At) -> Tensor:
 
 
 def _entropy(logits: Tensor, at: At) -> Tensor:
-    logp = log_probabilities(logits, at)
-    p = logp.exp()
-    return -(p * torch.where(p > 0, logp, 0)).sum(-1)
+    logp = log_probabilities(logits, at).clamp(min=LEAST)
+    return -(logp.exp() * logp).sum(-1)
 
 
 @torch.no_grad()

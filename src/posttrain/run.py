@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError
 from posttrain.method import Method, Optimizer
 from posttrain.types import Row, Sampling
@@ -161,6 +162,7 @@ def train(run: Run, *, world: World | None = None) -> Result:
     """
     from posttrain.session import Session
 
+    keep_freed_memory()
     began = time.perf_counter()
     with Session.open(run, world) as session:
         while session.step < session.total_steps:

@@ -161,6 +161,7 @@ class Batch:
     seed: int = 0
     step: int = 0  # with `seed`, the other half of the randomness key
     training: bool = True  # False in evaluation: noise, smoothing and mixed inputs are off
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what hangs on tokens and groups alone
 
     @property
     def num_rows(self) -> int:
@@ -168,7 +169,9 @@ class Batch:
         return int(self.tokens.shape[0])
 
     def with_(self, **changes: Any) -> Batch:
-        """A copy with some fields replaced."""
+        """A copy with some fields replaced; how its rows are laid out is worked out again only where these changed."""
+        if changes.keys() & {"tokens", "lengths", "group"}:
+            changes["memo"] = {}
         return replace(self, **changes)
 
     def with_columns(self, **columns: Tensor) -> Batch:
@@ -178,12 +181,13 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {name: getattr(self, name).to(device) for name in ROW_FIELDS}
-        return replace(self, **moved, columns={name: value.to(device) for name, value in self.columns.items()})
+        return replace(self, **moved, columns={name: value.to(device) for name, value in self.columns.items()}, memo={})
 
     def rows(self, chosen: Tensor) -> Batch:
         """The rows of `chosen` [b] (int64 or bool), every tensor cut alike; columns ride along."""
         cut = {name: getattr(self, name)[chosen] for name in ROW_FIELDS}
-        return replace(self, **cut, columns={name: value[chosen] for name, value in self.columns.items()})
+        memo: dict[Any, Any] = self.memo.setdefault(("rows", chosen.dtype, *chosen.tolist()), {})
+        return replace(self, **cut, columns={name: value[chosen] for name, value in self.columns.items()}, memo=memo)
 
 
 ROW_FIELDS = (
@@ -243,6 +247,7 @@ class At:
     seed: int
     step: int
     beside: Tensor | None = None  # [n, V] float logits of the view named by `Read.beside`, without gradients
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what several reads of one chunk share
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from posttrain.layout import Layout
 from posttrain.models import attention
 from posttrain.models.attention import PADDING, attend, groups_of, plan, window_mask
+from posttrain.pack import pack
+from posttrain.prefixes import shared_layout
+from posttrain.types import Sample
 
 torch.set_num_threads(1)
 
@@ -47,6 +51,40 @@ def test_a_window_longer_than_the_rows_needs_no_mask(monkeypatch) -> None:
     layout = layout_of(5, 3)
     x = torch.randn(8, 2, 4)
     torch.testing.assert_close(attend(x, x, x, layout, scale=1.0, window=5), attend(x, x, x, layout, scale=1.0))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_folded_attention_is_that_of_torch(monkeypatch, window, shared) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [[5, 6, 7, 8, 9, 3], [5, 6, 7, 8, 4, 4], [1, 2, 3, 4, 5, 5, 5], [1, 2, 3, 4, 5, 9, 9]]
+    rows = [Sample(tokens=row, origin=[3] * len(row), trained=[True] * len(row), group=str(i // 2)) for i, row in enumerate(tokens)]
+    here = (shared_layout(pack(rows)) if shared else None) or layout_of(3, 9, 9, 8, 1)
+    assert (here.behind is not None) == shared
+    found = {}
+    for longest in (0, 512):
+        monkeypatch.setattr(attention, "LONGEST", longest)
+        generator.manual_seed(1)
+        q, k, v = (torch.randn(here.num_tokens, h, 4, dtype=torch.float64, generator=generator).requires_grad_() for h in (4, 2, 2))
+        out = attend(q, k, v, here, scale=0.5, window=window, precision="fast")
+        (out * torch.arange(16)).sum().backward()
+        found[longest] = [out.detach(), q.grad, k.grad, v.grad]
+    for one, two in zip(found[0], found[512], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+
+
+def test_narrow_products_stay_near() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for precision in ("exact", "bf16"):
+        generator.manual_seed(1)
+        q, k, v = (torch.randn(30, h, 4, generator=generator).requires_grad_() for h in (4, 2, 2))
+        out = attend(q, k, v, layout_of(3, 9, 9, 8, 1), scale=0.5, precision=precision)
+        out.sum().backward()
+        found.append([out.detach(), q.grad, k.grad, v.grad])
+    assert not torch.equal(found[0][0], found[1][0])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=0.03, rtol=0.03)
 
 
 def test_gradients_in_float64() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError
 from posttrain.files import atomic_write
 
@@ -95,6 +96,7 @@ def bench(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ConfigError(f"there is no part '{unknown[0]}'; there are {', '.join(PARTS)}")
+    keep_freed_memory()
     one_thread()
     told = machine(setting)
     tell(", ".join(f"{name} {value}" for name, value in told.items() if value is not None))

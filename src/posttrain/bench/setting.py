@@ -94,7 +94,9 @@ class Setting:
         """A model of that shape; random weights differ by seed."""
         shape = self.shape(key)
         if shape.config:
-            config: dict[str, Any] = shape.config if shape.config["vocab_size"] > 512 else {**shape.config, "vocab_size": len(tokenizer())}
+            config: dict[str, Any] = dict(shape.config)
+            if config["vocab_size"] == 512:
+                config["vocab_size"] = len(tokenizer())
             model = random_model("llama", seed=seed, **config)
         else:
             from posttrain.models.load import load

@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain.layout import Behind, Layout
+from posttrain.models.folded import LONGEST, attention
+from posttrain.models.gemm import Precision
 
+WIDE = (torch.float32, torch.float64)
 PADDING = 0.12
 """The largest share of padding in a group of rows."""
 PREFIX_PADDING = 0.4
@@ -132,7 +135,9 @@ def _tail_of(layout: Layout, rows: list[int], fronts: list[int]) -> Group:
     return replace(plain, keys=columns.flatten(), before=tuple(before) if len(set(before)) > 1 else (before[0],))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None = None, precision: Precision = "exact"
+) -> Tensor:
     """Causal attention of every token to the tokens before it in its own row.
 
     Args:
@@ -142,6 +147,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, win
         layout: The rows.
         scale: Multiplies the scores before the softmax.
         window: A token sees itself and the `window - 1` tokens before it; None: all of them.
+        precision: "exact" runs torch's own kernel; "fast" and, with bfloat16 factors of all products but the scores,
+            "bf16" fold short rows on a CPU.
 
     Returns:
         `[N, H * d]`.
@@ -151,32 +158,67 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, win
         return _attend_varlen(kernel, q, k, v, layout, scale=scale, window=window)
     the_plan = plan(layout)
     if the_plan.groups and the_plan.groups[0].rows == layout.num_rows and the_plan.groups[0].first == 0:
-        return _group(q, k, v, the_plan.groups[0], scale=scale, window=window)
-    parts = [_group(q, k, v, group, scale=scale, window=window) for group in the_plan.groups]
+        return _group(q, k, v, the_plan.groups[0], scale=scale, window=window, precision=precision)
+    parts = [_group(q, k, v, group, scale=scale, window=window, precision=precision) for group in the_plan.groups]
     attended = torch.cat(parts) if len(parts) > 1 else parts[0]
     return attended if the_plan.back is None else attended.index_select(0, the_plan.back)
 
 
-def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float, window: int | None) -> Tensor:
+def _group(
+    q: Tensor, k: Tensor, v: Tensor, group: Group, *, scale: float, window: int | None, precision: Precision
+) -> Tensor:
     """One batched call: the attended real tokens of a group, `[n, H * d]`, in the order of its rows."""
     count = group.rows * group.width
+    folded = precision != "exact" and folds(group, q, window)
 
-    def cut(x: Tensor, index: Tensor, first: int = -1) -> Tensor:  # [N, h, d] -> [b, h, t, d]
+    def cut(x: Tensor, index: Tensor, first: int = -1) -> Tensor:  # [N, h, d] -> [b, t, h, d]
         some = x.narrow(0, first, count) if first >= 0 else x.index_select(0, index)
-        return some.view(group.rows, -1, x.shape[1], x.shape[2]).transpose(1, 2)
+        return some.view(group.rows, -1, x.shape[1], x.shape[2])
 
-    queries = cut(q, group.index, group.first)
+    own = (group.index, group.first) if group.keys is None else (group.keys,)
+    queries, keys, values = cut(q, group.index, group.first), cut(k, *own), cut(v, *own)
+    if folded:
+        causal = causal_bias(group.width, keys.shape[1], window, q.dtype, q.device)
+        front = front_bias(group.before, group.width, q.dtype, q.device) if len(group.before) > 1 else None
+        narrow = precision == "bf16"
+        out = attention(queries, keys, values, causal=causal, front=front, scale=scale, narrow=narrow).flatten(2).flatten(0, 1)
+        return out.index_select(0, group.real) if group.real.numel() else out
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if group.keys is None:
-        keys, values = (cut(x, group.index, group.first) for x in (k, v))
         mask = window_mask(group.width, window, q.device) if window is not None and group.width > window else None
     else:
-        keys, values = (cut(x, group.keys) for x in (k, v))
         mask = tail_mask(group.before, group.width, window, q.device)
     repeats = q.shape[1] // k.shape[1]
     keys, values = repeat_heads(keys, repeats), repeat_heads(values, repeats)
     out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
     flat = out.transpose(1, 2).reshape(count, -1)  # [b, H, t, d] -> [b * t, H * d]
     return flat.index_select(0, group.real) if group.real.numel() else flat
+
+
+def folds(group: Group, q: Tensor, window: int | None) -> bool:
+    """Does this group go through `folded.attention`?  On a CPU, where rows are short; not windows behind other rows."""
+    length = group.width + (max(group.before) if group.before else 0)
+    return q.device.type == "cpu" and length <= LONGEST and q.dtype in WIDE and not (group.before and window is not None)
+
+
+@lru_cache(maxsize=32)
+def causal_bias(width: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[1, t, s]`: 0 where query i may look at key j, -inf elsewhere; the last t keys are the queries' own."""
+    with torch.inference_mode(False):
+        seen = torch.ones(width, keys, dtype=torch.bool, device=device)
+        seen[:, keys - width :] = window_mask(width, window or width, device)
+        return torch.zeros(1, width, keys, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+
+@lru_cache(maxsize=16)
+def front_bias(before: tuple[int, ...], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[b, 1, s]`: -inf at the columns in front that a row does not stand behind, 0 elsewhere."""
+    with torch.inference_mode(False):
+        longest = max(before)
+        column = torch.arange(longest + width, device=device)
+        length = torch.tensor(before, device=device)[:, None]  # [b, 1]
+        hidden = (column >= length) & (column < longest)
+        return torch.zeros(len(before), 1, longest + width, dtype=dtype, device=device).masked_fill_(hidden[:, None], float("-inf"))
 
 
 def repeat_heads(x: Tensor, repeats: int) -> Tensor:

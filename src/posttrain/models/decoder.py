@@ -9,13 +9,15 @@ Axes: `n` tokens, `D` hidden width, `H` query heads, `Kv` key and value heads, `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.models.gemm import Linear, exact
+from posttrain.models.fused import heads, rms_norm, swiglu
+from posttrain.models.gemm import Linear, Together, exact
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM")
 """The transformers classes whose forward pass this file owns."""
@@ -34,13 +36,6 @@ def supports(module: nn.Module) -> bool:
     if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
         return False
     return not getattr(inner.config, "use_bidirectional_attention", False)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / rms(x)` over the last axis, as Llama does it: float32 inside (float64 stays), then x's dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
 
 
 def rms_norm_offset(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,9 +65,11 @@ class Decoder:
         inner: Any = causal_lm(module)
         config = inner.config
         self.linear = linear
+        self.together: Together | None = None
         self._model: Any = inner.model
         self._head: Any = inner.lm_head
         self._layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
+        self.silu = getattr(config, "hidden_act", None) in ("silu", "swish")
         self._gemma = type(inner).__name__ == "GemmaForCausalLM"
         self._mistral_window = config.sliding_window if type(inner).__name__ == "MistralForCausalLM" else None
         attention = self._layers[0].self_attn
@@ -130,6 +127,9 @@ class Decoder:
         block = self._layers[layer]
         attention = block.self_attn
         normed = self.norm(block.input_layernorm, x)
+        mixed = self._together(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
+        if mixed is not None and not hasattr(attention, "q_norm"):
+            return heads(mixed.view(len(x), -1, self.head_dim), cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
         q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
         k = self.apply(attention.k_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
         v = self.apply(attention.v_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
@@ -143,8 +143,25 @@ class Decoder:
         x = x + self.apply(block.self_attn.o_proj, attended)
         mlp = block.mlp
         normed = self.norm(block.post_attention_layernorm, x)
-        inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
+        wide = self._together(normed, (mlp.gate_proj, mlp.up_proj)) if self.silu else None
+        if wide is None:
+            inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
+        else:
+            inner = swiglu(wide)
         return x + self.apply(mlp.down_proj, inner)
+
+    def _together(self, x: Tensor, modules: Sequence[Any]) -> Tensor | None:
+        """Several linear layers in one product, or None where that would not be the same: LoRA, "exact", half precision."""
+        together = self.together
+        if together is None or not all(type(module) is nn.Linear for module in modules):
+            return None
+        if modules[0].weight.dtype not in (torch.float32, torch.float64):
+            return None
+        biases = [module.bias for module in modules if module.bias is not None]
+        if biases and len(biases) < len(modules):
+            return None
+        out = together(x, [module.weight for module in modules])
+        return out.to(x.dtype) + torch.cat(biases) if biases else out
 
     def final(self, x: Tensor) -> Tensor:
         """The last norm: `[n, D] -> [n, D]`."""

@@ -7,7 +7,7 @@ CPUs; `bf16` multiplies bfloat16 copies of float32 master weights and keeps ever
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from posttrain.errors import ConfigError, nearest
 Precision = Literal["exact", "fast", "bf16"]
 Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """`(x [..., I], weight [O, I], bias [O] | None) -> [..., O]`."""
+Together = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""`(x [n, I], weights [O1, I], [O2, I], ...) -> [n, O1 + O2 + ...]`: one product for several layers with the same input."""
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,22 +42,24 @@ def has_onednn() -> bool:
 
 
 class _OneDNN(Function):
-    """`x [n, I], weight [O, I] -> [n, O]`, all three products by oneDNN."""
+    """`x [n, I], weights [O, I] -> [n, O1 + O2 + ...]`, all three products by oneDNN."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return onednn(x, weight)
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return onednn(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        grad_x = onednn(grad, weight.t().contiguous()) if ctx.needs_input_grad[0] else None  # [n, O] -> [n, I]
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = onednn(grad.t().contiguous(), x.t().contiguous())  # [O, n], [I, n] -> [O, I]
-        return grad_x, grad_weight
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad, (needs_x, *needs) = grads[0].contiguous(), ctx.needs_input_grad
+        grad_x = onednn(grad, torch.cat([w.t() for w in weights], 1)) if needs_x else None  # [n, O] -> [n, I]
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if any(needs):
+            whole = onednn(grad.t().contiguous(), x.t().contiguous())  # [O, n], [I, n] -> [O, I]
+            pieces = whole.split([len(w) for w in weights])
+            grad_weights = [piece if needed else None for piece, needed in zip(pieces, needs, strict=True)]
+        return grad_x, *grad_weights
 
 
 def fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,34 +72,62 @@ def fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
+def _narrow(weights: Sequence[Tensor]) -> Tensor:
+    """The weights as bfloat16, one below the other: `[O1 + O2 + ..., I]`."""
+    if len(weights) == 1:
+        return weights[0].to(torch.bfloat16)
+    out = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=torch.bfloat16, device=weights[0].device)
+    for place, weight in zip(out.split([len(w) for w in weights]), weights, strict=True):
+        place.copy_(weight)
+    return out
+
+
 class _BFloat16(Function):
-    """`x [n, I], weight [O, I] -> [n, O]`: bfloat16 factors, float32 sums, float32 gradients."""
+    """`x [n, I], weights [O, I] -> [n, O1 + O2 + ...]` in bfloat16; sums, and gradients of weights, in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         narrow = x.to(torch.bfloat16)
-        ctx.save_for_backward(narrow, weight)
+        ctx.save_for_backward(narrow, *weights)
         ctx.dtype = x.dtype
-        return functional.linear(narrow, weight.to(torch.bfloat16)).to(x.dtype)
+        return functional.linear(narrow, _narrow(weights))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].to(torch.bfloat16)
-        grad_x = (grad @ weight.to(torch.bfloat16)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (grad.t() @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad, (needs_x, *needs) = grads[0], ctx.needs_input_grad
+        grad_x = (grad @ _narrow(weights)).to(ctx.dtype) if needs_x else None
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if any(needs):
+            pieces = zip((grad.t() @ x).split([len(w) for w in weights]), weights, needs, strict=True)
+            grad_weights = [piece.to(weight.dtype) if needed else None for piece, weight, needed in pieces]
+        return grad_x, *grad_weights
 
 
 def bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same with bfloat16 factors; `weight` stays the float32 master, and its gradient adds up in float32."""
     out: Tensor = _BFloat16.apply(x.flatten(0, -2), weight)
-    out = out.view(*x.shape[:-1], weight.shape[0])
+    out = out.to(weight.dtype).view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias
+
+
+def fast_together(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`fast` for several layers at once."""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or any(weight.dtype != torch.float32 for weight in weights)
+    if plain or x.numel() == 0 or not has_onednn():
+        return functional.linear(x, torch.cat(list(weights)))
+    return _OneDNN.apply(x.contiguous(), *weights)  # type: ignore[no-any-return]
+
+
+def bf16_together(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`bf16` for several layers at once; the result stays in bfloat16, for what rounds it no further."""
+    return _BFloat16.apply(x, *weights)  # type: ignore[no-any-return]
 
 
 LINEAR: dict[str, Linear] = {"exact": exact, "fast": fast, "bf16": bf16}
 """The products by the name of their precision."""
+TOGETHER: dict[str, Together] = {"fast": fast_together, "bf16": bf16_together}
+"""The products of several layers at once; in "exact" every layer has its own, as in transformers."""
 
 
 def linear_of(precision: str) -> Linear:
@@ -162,12 +194,16 @@ def probe(*, tokens: int = 256, width: int = 512, repeats: int = 5) -> Probe:
 
 __all__ = [
     "LINEAR",
+    "TOGETHER",
     "Linear",
     "Precision",
     "Probe",
+    "Together",
     "bf16",
+    "bf16_together",
     "exact",
     "fast",
+    "fast_together",
     "has_onednn",
     "linear_of",
     "onednn",

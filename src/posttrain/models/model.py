@@ -22,7 +22,7 @@ from posttrain.errors import CheckpointError, ConfigError, nearest
 from posttrain.models.attention import attend, probabilities
 from posttrain.models.decoder import Decoder, causal_lm, supports
 from posttrain.models.foreign import ForeignTrunk
-from posttrain.models.gemm import Precision, linear_of, settle
+from posttrain.models.gemm import TOGETHER, Precision, linear_of, settle
 from posttrain.models.heads import ScalarHead, reward_head, value_head
 
 if TYPE_CHECKING:
@@ -175,10 +175,14 @@ class LanguageModel:
     def _own_trunk(self, decoder: Decoder, layout: Layout, x: Tensor, wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
         cos, sin = decoder.rope(layout.positions)
         found: dict[int, Tensor] = {}
+        narrow = self.precision == "bf16" and x.is_cuda
 
         def block(layer: int, x: Tensor) -> Tensor:
             q, k, v = decoder.qkv(layer, x, cos, sin)
-            attended = attend(q, k, v, layout, scale=decoder.scale, window=decoder.window(layer))
+            if narrow:  # the kernel for packed rows wants half precision
+                q, k, v = (each.to(torch.bfloat16) for each in (q, k, v))
+            window = decoder.window(layer)
+            attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self.precision).to(x.dtype)
             return decoder.finish(layer, x, attended)
 
         for layer in range(decoder.num_layers):
@@ -238,7 +242,7 @@ class LanguageModel:
             raise ConfigError(f"precision 'bf16' keeps float32 master weights; these are {self.dtype}: use 'exact'")
         self.precision = precision
         if self.decoder is not None:
-            self.decoder.linear = linear
+            self.decoder.linear, self.decoder.together = linear, TOGETHER.get(precision)
 
     def use_quickest(self) -> None:
         """Compute float32 on the back end that a probe finds quickest here: for a model that only writes and is evaluated."""

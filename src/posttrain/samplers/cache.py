@@ -2,7 +2,8 @@
 
 The cache is preallocated and left-aligned: the key of a row's token p stands in column p.  Keys are stored transposed,
 so that scores and sums over values are two plain batched products, and the query heads that share a key head are its
-rows.  Only as many columns are read as the longest live row has.
+rows.  Only as many columns are read as the longest live row has.  Where products have bfloat16 factors, values are kept in
+bfloat16, as the trainer multiplies them; keys and scores stay in float32.
 
 Axes: `S` slots, `B` slots in use (always the first), `H` query heads, `Kv` key and value heads, `Q = H / Kv`, `d` head
 width, `C` allocated columns, `c` columns that are read, `n` tokens of a prompt, `V` vocabulary.
@@ -78,7 +79,7 @@ class _Layer(NamedTuple):
     qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]
     finish: Callable[..., Tensor]
     flat_keys: Tensor  # [S * Kv * d * C] the keys' bits
-    flat_values: Tensor  # [S * Kv * C, d]
+    flat_values: Tensor  # [S * Kv * C, d] the values' bits
     keys: Tensor  # [B * Kv, d, c]
     values: Tensor  # [B * Kv, c, d]
     mask: Tensor  # [B * Kv, 1, c], 0 where a row may look, -inf elsewhere
@@ -104,6 +105,7 @@ class CachedStepper:
         self._heads = decoder.num_heads // decoder.num_kv_heads
         probe = decoder.embed(torch.zeros(1, dtype=torch.int64, device=device))
         self._dtype, self._device = probe.dtype, probe.device
+        self._value_dtype = torch.bfloat16 if model.precision == "bf16" and device.type == "cpu" else probe.dtype
         self._cos, self._sin = decoder.rope(torch.arange(self._limit, device=self._device))  # [C, d]
         self._windows = [decoder.window(layer) for layer in range(decoder.num_layers)]
         self._keys: list[Tensor] = []  # [S * Kv, d, C] a layer
@@ -122,7 +124,7 @@ class CachedStepper:
         rows, dtype, device = self._slots * self._kv, self._dtype, self._device
         for layer in range(self._decoder.num_layers):
             keys = torch.zeros(rows, self._width, new, dtype=dtype, device=device)  # zeros: a masked column must be finite
-            values = torch.zeros(rows, new, self._width, dtype=dtype, device=device)
+            values = torch.zeros(rows, new, self._width, dtype=self._value_dtype, device=device)
             if old:
                 keys[:, :, :old] = self._keys[layer]
                 values[:, :old] = self._values[layer]
@@ -151,7 +153,7 @@ class CachedStepper:
                 self._pieces.qkv[layer],
                 self._pieces.finish[layer],
                 _as_integers(self._keys[layer].view(-1)),
-                self._values[layer].view(-1, self._width),
+                _as_integers(self._values[layer].view(-1, self._width)),
                 self._keys[layer][:used, :, :columns],
                 self._values[layer][:used, :columns],
                 self._masks[self._windows[layer]][:used, :, :columns],
@@ -179,9 +181,9 @@ class CachedStepper:
         for layer in self._layers:
             q, k, v = layer.qkv(x, cos, sin)
             layer.flat_keys.scatter_(0, key_at, _as_integers(k.reshape(-1)))
-            layer.flat_values.index_copy_(0, value_at, v.reshape(-1, self._width))
+            layer.flat_values.index_copy_(0, value_at, _as_integers(v.reshape(-1, self._width).to(self._value_dtype)))
             scores = torch.baddbmm(layer.mask, q.reshape(shape), layer.keys, alpha=scale)  # [B * Kv, Q, c]
-            attended = torch.bmm(scores.softmax(-1), layer.values)  # [B * Kv, Q, d]
+            attended = torch.bmm(scores.softmax(-1).to(self._value_dtype), layer.values)  # [B * Kv, Q, d]
             x = layer.finish(x, attended.view(flat))
         return _wide(self._pieces.head(decoder.final(x)))
 
@@ -233,7 +235,7 @@ class CachedStepper:
             attended = attend(q, k, v, layout, scale=decoder.scale, window=self._windows[layer])
             for row, (own_k, own_v) in enumerate(zip(torch.split(k, sizes), torch.split(v, sizes), strict=True)):
                 keys[row].append(own_k.permute(1, 2, 0))  # [n, Kv, d] -> [Kv, d, n]
-                values[row].append(own_v.permute(1, 0, 2))
+                values[row].append(own_v.permute(1, 0, 2).to(self._value_dtype))
             if layer == decoder.num_layers - 1:
                 x, attended = x.index_select(0, last), attended.index_select(0, last)
             x = self._pieces.finish[layer](x, attended)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posttrain.models.decoder import Decoder, causal_lm
+from posttrain.models.fused import turn
 from posttrain.models.gemm import Precision, has_onednn
 
 if TYPE_CHECKING:
@@ -69,19 +70,23 @@ def _plain(layer: Any) -> bool:
     return all(type(module) is nn.Linear for module in _linears(layer))
 
 
-def product(precision: Precision, modules: Sequence[nn.Linear]) -> Product:
-    """The product with the weights of some linear layers side by side: `[n, I] -> [n, O1 + O2 + ...]`."""
+def product(precision: Precision, modules: Sequence[nn.Linear], *, narrow: bool = False) -> Product:
+    """The product with the weights of some linear layers side by side: `[n, I] -> [n, O1 + O2 + ...]`.
+
+    With `narrow` the result of bfloat16 factors stays in bfloat16, as in the trainer.
+    """
     weight = torch.cat([module.weight.detach() for module in modules]) if len(modules) > 1 else modules[0].weight.detach()
     biases = [module.bias for module in modules if module.bias is not None]
     bias = torch.cat([each.detach() for each in biases]) if biases else None
     kind = weight.dtype
     if precision == "bf16":
         weight = weight.to(torch.bfloat16)
+        kind = torch.bfloat16 if narrow and bias is None else kind
     if weight.device.type != "cpu" or not has_onednn() or weight.dtype == torch.float64 or not _runs(weight.dtype):
         return partial(_dense, weight=weight, bias=bias, kind=kind)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
     if weight.dtype == kind:
-        return partial(_packed, packed=packed, bias=bias)
+        return partial(_packed, packed=packed, bias=bias, factors=kind)
     return partial(_packed_narrow, packed=packed, bias=bias, kind=kind)
 
 
@@ -95,8 +100,8 @@ def _dense(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: torch.dtype)
     return out if bias is None else out + bias
 
 
-def _packed(x: Tensor, *, packed: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def _packed(x: Tensor, *, packed: Tensor, bias: Tensor | None, factors: torch.dtype) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(factors), packed, None, "none", [], "")
     return out if bias is None else out.add_(bias)
 
 
@@ -113,10 +118,10 @@ class _Layer:
         self._decoder, self._layer, self._act = decoder, layer, mlp.act_fn
         self._in = product(precision, [attention.q_proj, attention.k_proj, attention.v_proj])
         self._out = product(precision, [attention.o_proj])
-        self._wide = product(precision, [mlp.gate_proj, mlp.up_proj])
+        self._wide = product(precision, [mlp.gate_proj, mlp.up_proj], narrow=decoder.silu)
         self._down = product(precision, [mlp.down_proj])
         self._inner: int = mlp.gate_proj.out_features
-        self._queries, self._kv, self._half = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim // 2
+        self._queries, self._kv = decoder.num_heads, decoder.num_kv_heads
         self._query_norm = getattr(attention, "q_norm", None)
         self._key_norm = getattr(attention, "k_norm", None)
 
@@ -128,16 +133,14 @@ class _Layer:
         if self._query_norm is not None:
             q, k = mixed[:, :queries], mixed[:, queries:heads]
             turned = torch.cat((norm(self._query_norm, q), norm(self._key_norm, k)), 1)
-        first, second = turned[..., : self._half], turned[..., self._half :]
-        crossed = torch.cat((-second, first), -1)
-        turned = torch.addcmul(turned * cos[:, None], crossed, sin[:, None])
+        turned = turn(turned, cos[:, None], sin[:, None])
         return turned[:, :queries], turned[:, queries:], mixed[:, heads:]
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """See `Pieces.finish`."""
         x = self._out(attended).add_(x)
         wide = self._wide(self._decoder.norm(self._layer.post_attention_layernorm, x))  # [n, 2 I]
-        inner = self._act(wide[:, : self._inner]) * wide[:, self._inner :]
+        inner = self._act(wide[:, : self._inner]).mul_(wide[:, self._inner :])
         return self._down(inner).add_(x)
 
 
