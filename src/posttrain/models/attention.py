@@ -178,7 +178,7 @@ def _group(
     own = (group.index, group.first) if group.keys is None else (group.keys,)
     queries, keys, values = cut(q, group.index, group.first), cut(k, *own), cut(v, *own)
     if folded:
-        causal = causal_bias(group.width, keys.shape[1], window, q.dtype, q.device)
+        causal = causal_bias(group.width, keys.shape[1], q.shape[1] // k.shape[1], window, q.dtype, q.device)
         front = front_bias(group.before, group.width, q.dtype, q.device) if len(group.before) > 1 else None
         narrow = precision == "bf16"
         out = attention(queries, keys, values, causal=causal, front=front, scale=scale, narrow=narrow).flatten(2).flatten(0, 1)
@@ -202,12 +202,13 @@ def folds(group: Group, q: Tensor, window: int | None) -> bool:
 
 
 @lru_cache(maxsize=32)
-def causal_bias(width: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[1, t, s]`: 0 where query i may look at key j, -inf elsewhere; the last t keys are the queries' own."""
+def causal_bias(width: int, keys: int, repeats: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[1, Q * t, s]`: 0 where query i may look at key j, -inf elsewhere; the last t keys are the queries' own; `repeats` is Q."""
     with torch.inference_mode(False):
         seen = torch.ones(width, keys, dtype=torch.bool, device=device)
         seen[:, keys - width :] = window_mask(width, window or width, device)
-        return torch.zeros(1, width, keys, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        bias = torch.zeros(width, keys, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        return bias.repeat(repeats, 1)[None]
 
 
 @lru_cache(maxsize=16)

@@ -39,11 +39,10 @@ class _Attention(Function):
     ) -> Tensor:
         kv = k.shape[2]
         queries, keys, values = _fold(q, kv), _fold(k, kv), _fold(v.to(torch.bfloat16) if narrow else v, kv)
-        seen = causal.repeat(1, q.shape[2] // kv, 1)  # [1, Q * t, s]
         if front is None:
-            scores = torch.baddbmm(seen, queries, keys.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(causal, queries, keys.transpose(1, 2), alpha=scale)
         else:
-            scores = torch.baddbmm(front.repeat_interleave(kv, 0), queries, keys.transpose(1, 2), alpha=scale).add_(seen)
+            scores = torch.baddbmm(front.repeat_interleave(kv, 0), queries, keys.transpose(1, 2), alpha=scale).add_(causal)
         p = scores.softmax(-1)
         if narrow:
             queries, keys, p = (x.to(torch.bfloat16) for x in (queries, keys, p))
@@ -73,7 +72,7 @@ def attention(
         q: `[b, t, H, d]`.
         k: `[b, s, Kv, d]`; `H` is a multiple of `Kv`.
         v: `[b, s, Kv, d]`.
-        causal: `[1, t, s]`, added to the scores: 0 where a query may look, -inf elsewhere.
+        causal: `[1, Q * t, s]`, added to the scores: 0 where a query may look, -inf elsewhere.
         front: `[b, 1, s]`, added too, where rows differ in what all of their queries may look at.
         scale: Multiplies the scores.
         narrow: Sum over values, and all products of the backward pass, with bfloat16 factors.
