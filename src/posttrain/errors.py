@@ -55,6 +55,10 @@ class WorldError(PosttrainError, RuntimeError):
     """Another rank died, or did not arrive before the deadline; the message names the wait and the ranks."""
 
 
+class SamplerError(PosttrainError, RuntimeError):
+    """A sampler in another process that failed, or that writes with other weights than the trainer's."""
+
+
 class RewardError(PosttrainError, RuntimeError):
     """The rewards' infrastructure (not the policy) failed more often than the run allows."""
 

@@ -63,6 +63,8 @@ class Run:
     """Of everything that is drawn."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the weights and the arithmetic."""
+    sampler: str = "native"
+    """Who writes answers: 'native', 'vllm' (a server is started) or 'vllm:URL' (one that serves OUT/vllm/weights)."""
     precision: Literal["exact", "fast", "bf16"] = "exact"
     """Matrix products: 'exact' as torch does them, 'fast' float32 on the quickest back end, 'bf16' with float32 weights."""
     token_budget: int = 0

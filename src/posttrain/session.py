@@ -42,6 +42,7 @@ from posttrain.wiring import (
     START,
     Cursor,
     build_models,
+    build_sampler,
     derived_budget,
     threads,
     total_steps,
@@ -50,6 +51,7 @@ from posttrain.wiring import (
 if TYPE_CHECKING:
     from posttrain.data.chat import Renderer
     from posttrain.run import Run
+    from posttrain.samplers.vllm import VllmSampler
 
 
 class Phases(dict[str, float]):
@@ -93,7 +95,7 @@ class Session:
     models: dict[str, Any]
     tokenizer: Any
     renderer: Renderer
-    sampler: NativeSampler
+    sampler: NativeSampler | VllmSampler
     steppers: dict[str, Stepper]
     cursors: dict[str, Cursor]
     rewards: RewardRunner | None
@@ -144,7 +146,7 @@ class Session:
                 models=models,
                 tokenizer=tokenizer,
                 renderer=renderer,
-                sampler=NativeSampler(models["policy"], tokenizer, stop_tokens=renderer.stop_tokens),
+                sampler=build_sampler(run, models["policy"], tokenizer, renderer, world, stack),
                 steppers=build_steppers(run, models, steps),
                 cursors={name: Cursor(rows, run.seed) for name, rows in run.sets().items()},
                 rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate))

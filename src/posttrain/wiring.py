@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from posttrain.errors import ConfigError, DataError
 from posttrain.layout import Layout
 from posttrain.method import Method, Optimizer
+from posttrain.samplers.native import NativeSampler
 from posttrain.types import Row
 
 if TYPE_CHECKING:
+    from posttrain.data.chat import Renderer
+    from posttrain.distributed.world import World
     from posttrain.models.model import LanguageModel, Trunk
     from posttrain.run import Run
+    from posttrain.samplers.vllm import VllmSampler
 
 START = "start"
 """Name of the model that KL from the start is measured against."""
@@ -132,6 +137,27 @@ def _add_heads(run: Run, models: Mapping[str, LanguageModel]) -> None:
                     models[view.model].add_reward_head(seed=run.seed)
                 elif head not in models[view.model].heads:
                     raise ConfigError(f"a view reads head '{head}' of '{view.model}', which has none of that name")
+
+
+def build_sampler(
+    run: Run, model: LanguageModel, tokenizer: Any, renderer: Renderer, world: World, stack: ExitStack
+) -> NativeSampler | VllmSampler:
+    """Who writes a run's answers; what it starts ends with the stack.
+
+    Raises:
+        ConfigError: The run names no sampler that there is, or one that does not go with its processes.
+    """
+    kind, _, url = run.sampler.partition(":")
+    if kind == "native" and not url:
+        return NativeSampler(model, tokenizer, stop_tokens=renderer.stop_tokens)
+    if kind != "vllm":
+        raise ConfigError(f"sampler is '{run.sampler}'; it can be native, vllm, or vllm:http://HOST:PORT")
+    if world.size > 1:
+        raise ConfigError(f"sampler 'vllm' is driven by one process, and there are {world.size}; leave sampler=native")
+    from posttrain.samplers.vllm import VllmSampler
+
+    folder = Path(run.out) / "vllm"
+    return stack.enter_context(VllmSampler(model, tokenizer, folder, stop_tokens=renderer.stop_tokens, url=url))
 
 
 def trained_parameters(models: Mapping[str, LanguageModel], method: Method) -> dict[str, nn.Parameter]:
