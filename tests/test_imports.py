@@ -20,6 +20,7 @@ LEVELS = [
     {"reads", "models", "distributed"},
     {"forward", "method"},
     {"methods", "data", "samplers", "rewards", "tasks", "tiny", "report"},
+    {"recall"},
     {"experience", "score", "step", "scoring", "monitor", "evaluation", "wiring", "options"},
     {"session", "opening", "capture", "held_out", "run", "recipe", "catalogue", "blame", "plan"},
     {"pipeline", "quick", "bench"},

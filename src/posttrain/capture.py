@@ -21,6 +21,8 @@ def captured(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, stepper in session.steppers.items():
         tensors |= {f"optimizer:{name}:{key}": value for key, value in stepper.tensors().items()}
     tensors |= {f"memory:{key}": v for key, v in session.memory.items() if isinstance(v, Tensor)}
+    for name, recall in session.recall.items():
+        tensors |= {f"recall:{name}:{key}": value for key, value in recall.tensors().items()}
     values = {
         "memory": {key: v for key, v in session.memory.items() if not isinstance(v, Tensor)},
         "metrics": session.metrics,
@@ -48,6 +50,9 @@ def restore(session: Session, saved: Saved) -> None:
         stepper.restore(moments, int(found["updates"][name]))
     remembered = {k.removeprefix("memory:"): v for k, v in tensors.items() if k.startswith("memory:")}
     session.memory = {**found["memory"], **remembered}
+    for name, recall in session.recall.items():
+        prefix = f"recall:{name}:"
+        recall.restore({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
     session.metrics, session.best = dict(found["metrics"]), dict(found["best"])
     session.skipped = int(found["skipped"])
     for name, taken in found["taken"].items():

@@ -12,11 +12,13 @@ from torch import Tensor
 from posttrain.forward import read, wanted_beside
 from posttrain.method import Method
 from posttrain.pack import micro_batches, units
+from posttrain.reads import logprob
 from posttrain.types import Batch, GroupStats, Readings, State, View
 
 if TYPE_CHECKING:
     from posttrain.distributed.world import World
     from posttrain.models.model import LanguageModel
+    from posttrain.recall import Recall
 
 
 def group_stats(batch: Batch, pass_mark: float = 1.0) -> GroupStats:
@@ -116,6 +118,7 @@ def prepare(
     token_budget: int,
     world: World,
     on_policy: bool,
+    recall: Recall | None = None,
 ) -> tuple[Batch, Readings, State]:
     """Group statistics, the views read once, then credit.
 
@@ -128,6 +131,7 @@ def prepare(
         world: The ranks.
         on_policy: One update will be made of this batch: views that credit does not look at are left to the update,
             which takes them from the live forward (same weights, same temperature, so the same numbers).
+        recall: Where readings of frozen models are remembered, for rows that come again.
 
     Returns:
         The credited batch, the readings for all its rows, and the state with the groups' statistics. A batch that
@@ -141,5 +145,13 @@ def prepare(
         for name, view in method.views().items()
         if view.once and not (on_policy and not view.credit and view.model in method.trains)
     }
-    seen = _read_once(models, batch, once, method, token_budget, world) if once else Readings()
+    frozen = recall.covers(method, once) if recall is not None else []
+    known = recall.known(frozen, batch) if recall is not None else None
+    left = {name: view for name, view in once.items() if known is None or name not in known}
+    seen = _read_once(models, batch, left, method, token_budget, world) if left else Readings()
+    for name in frozen:
+        if known is not None:
+            seen = seen.plus(name, known[name])
+        elif recall is not None:
+            recall.keep(name, batch, getattr(seen, name).values[logprob.name])
     return method.credit(batch, seen, state), seen, state

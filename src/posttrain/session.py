@@ -26,6 +26,7 @@ from posttrain.manifest import whole, write_manifest
 from posttrain.method import Part, Sum, steps_alone
 from posttrain.opening import build_steppers, first_look, refuse_changed
 from posttrain.pack import pack, shuffled_minibatches, units
+from posttrain.recall import Recall
 from posttrain.report.journal import Journal
 from posttrain.report.live import Live
 from posttrain.report.trackers import open_trackers
@@ -44,6 +45,7 @@ from posttrain.wiring import (
     build_models,
     build_sampler,
     derived_budget,
+    recalls,
     threads,
     total_steps,
 )
@@ -107,6 +109,7 @@ class Session:
     products: dict[str, Any]
     step: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    recall: dict[str, Recall] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=200))
@@ -168,6 +171,7 @@ class Session:
                 identity=identity,
                 products=products,
                 memory=run.method.begin(),
+                recall=recalls(run, steps),
             )
             if chief:
                 atomic_write(out / "run.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
@@ -285,6 +289,7 @@ class Session:
                     token_budget=self.token_budget,
                     world=self.world,
                     on_policy=single and first,
+                    recall=self.recall.get(each.name),
                 )
                 out.append(Ready(each.name, each.part, each.weight, batch, seen, state))
         return out

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from posttrain.errors import ConfigError, DataError
 from posttrain.layout import Layout
 from posttrain.method import Method, Optimizer
+from posttrain.recall import Recall
 from posttrain.samplers.native import NativeSampler
 from posttrain.types import Row
 
@@ -200,6 +201,17 @@ def total_steps(run: Run) -> int:
         return run.steps
     rows = len(next(iter(run.sets().values())))
     return max(1, round(run.epochs * rows / run.prompts_per_step))
+
+
+def recalls(run: Run, steps: int) -> dict[str, Recall]:
+    """A memory of frozen models' readings for every part of the method whose rows come more than once."""
+    sets = run.sets()
+    found = {}
+    for name, part in run.method.parts().items():
+        rows = sets.get(part.data or next(iter(sets)), ())
+        if part.supply is None and part.method.rows != "prompts" and len(rows) < steps * run.prompts_per_step:
+            found[name] = Recall()
+    return found
 
 
 def derived_budget(model: LanguageModel) -> int:
