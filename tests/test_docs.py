@@ -227,6 +227,8 @@ def test_what_every_method_must_pass_is_listed() -> None:
         "a_row_without_trained_tokens_counts_nowhere": "a row without trained tokens counts nowhere",
         "nothing_trained_at_all_is_no_gradient": "where nothing at all is trained, the gradient is zero",
         "bfloat16_stays_finite_and_points_the_same_way": "in bfloat16 everything stays finite",
+        "fast_modes_give_the_gradient_of_the_exact_one": "the precision `fast` gives the exact gradient",
+        "fast_modes_do_not_depend_on_cuts": "both under another cut too",
         "a_step_moves_the_value_the_right_way": "moves what the method is for the right way",
         "on_policy_skips_the_old_pass_and_changes_nothing": "leaving out the pass for old log-probabilities",
         "its_docstring_has_a_source": "its docstring has a title, an arXiv number",
