@@ -36,7 +36,7 @@ test-slow: $(VENV)/.dev  ## what takes longer: whole runs, kills at many moments
 
 bench: $(VENV)/.dev  ## against TRL on the same model, data and mathematics, in one run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/posttrain bench --json bench.json
+	$(BIN)/posttrain bench --json runs/bench.json
 
 docs: $(VENV)/.base  ## the table of methods, from the code
 	$(BIN)/python docs/tables.py

@@ -16,6 +16,7 @@ from posttrain.distributed.world import World
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.experience import Desk
 from posttrain.method import Method
+from posttrain.models.gemm import probe
 from posttrain.step import Stepper
 from posttrain.types import Row, Sample
 from posttrain.wiring import derived_optimizer, trained_parameters
@@ -142,11 +143,18 @@ def first_look(
     print(
         f"{type(run.method).__name__} on {size}: {steps:,} step{'' if steps == 1 else 's'}, learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}, at most {tokens} tokens a forward, {torch.get_num_threads()} thread(s), "
-        f"matrix products '{run.precision}'",
+        f"matrix products '{run.precision}'{_quicker(run, policy)}",
         file=sys.stderr,
     )
     for samples, pairs, total in rendered:
         show_samples(samples, tokenizer, rows=run.show, pairs=pairs, total=total)
+
+
+def _quicker(run: Run, policy: Any) -> str:
+    """What another precision would bring, where the run has the slowest one and could have another."""
+    plain = run.precision == "exact" and run.dtype == "float32" and policy.decoder is not None and policy.device.type == "cpu"
+    words = probe().words() if plain else ""
+    return f" ({words})" if words else ""
 
 
 def _refuse_overlong(samples: Sequence[Sample], run: Run, *, context: int, asked: bool) -> None:

@@ -61,6 +61,11 @@ def test_fast_falls_back_where_onednn_is_missing(monkeypatch) -> None:
     assert torch.equal(gemm.fast(*wide), gemm.exact(*wide))
 
 
+def test_the_probe_offers_what_pays() -> None:
+    assert gemm.Probe("fast", 4.0, 2.0, 1.0, 1).words() == "quicker here: precision=fast 2.0x, precision=bf16 4.0x"
+    assert gemm.Probe("exact", 1.0, 0.0, 1.0, 1).words() == ""
+
+
 def test_the_probe_says_what_it_chose() -> None:
     record = gemm.probe(tokens=8, width=16, repeats=1).record()
     assert record["choice"] in ("fast", "exact")

@@ -19,7 +19,7 @@ import torch
 
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError
-from posttrain.files import atomic_write
+from posttrain.files import atomic_write, make_folders
 
 from . import decoding, dpo, gpu, grpo, memory, numbers, overhead, rollout, sft
 from .measure import Row, header, shown
@@ -96,6 +96,8 @@ def bench(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ConfigError(f"there is no part '{unknown[0]}'; there are {', '.join(PARTS)}")
+    if json_file is not None:
+        make_folders(json_file.parent)
     keep_freed_memory()
     one_thread()
     told = machine(setting)

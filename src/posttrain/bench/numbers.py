@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from posttrain import reads
@@ -14,12 +14,13 @@ from posttrain.models.attention import plan
 from posttrain.models.model import LanguageModel
 from posttrain.pack import pack
 from posttrain.samplers import NativeSampler
+from posttrain.tasks import task
 from posttrain.types import Sample, Sampling, View
 
 from .decoding import make_prompts
 from .engine import Engine
 from .measure import Row
-from .setting import Setting, blank, ragged, sample
+from .setting import Setting, blank, ragged, sample, tokenizer
 
 
 class Watched:
@@ -80,22 +81,31 @@ def real_tokens(setting: Setting) -> Iterator[Row]:
         yield Row(key, what, ratio, ratio, ratio, "%", own, other, "padded batches")
 
 
+def gap(model: LanguageModel, prompts: Sequence[Sequence[int]], new: int) -> float:
+    """The largest difference of a log-probability between sampler and trainer, in nats."""
+    sampler = NativeSampler(model, None, stop_tokens=())
+    asked = [blank(prompt, index=i) for i, prompt in enumerate(prompts)]
+    written = sampler.sample(asked, sampling=Sampling(max_tokens=new), seed=0, step=0)
+    batch = pack(written, step=0).to(model.device)
+    seen = read({"policy": model}, batch, {"policy": View(reads=(reads.logprob,), grad=False)})
+    return float(((seen.policy.logprob - batch.logprobs).abs() * batch.mask).max())
+
+
 def logprob_gap(setting: Setting) -> Iterator[Row]:
-    """Largest difference of a log-probability between sampler and trainer, in float32."""
+    """After word problems, which the embedded model knows, and after random tokens, which none does."""
+    count, new = (8, 8) if setting.quick else (64, 64)
+    problems = task("word-problems", level="demo").rows("test", count)
+    texts = [problem["prompt"][-1]["content"] for problem in problems]
     model = setting.load("embedded")
-    new = 8 if setting.quick else 64
-    for precision in dict.fromkeys(("exact", setting.fp32.ours)):
-        model.use_precision(precision)
-        prompts = make_prompts(model, 8 if setting.quick else 64, 16)
-        sampler = NativeSampler(model, None, stop_tokens=())
-        asked = [blank(prompt, index=i) for i, prompt in enumerate(prompts)]
-        written = sampler.sample(asked, sampling=Sampling(max_tokens=new), seed=0, step=0)
-        batch = pack(written, step=0).to(model.device)
-        seen = read({"policy": model}, batch, {"policy": View(reads=(reads.logprob,), grad=False)})
-        gap = float(((seen.policy.logprob - batch.logprobs).abs() * batch.mask).max())
-        what = f"{setting.words('embedded')}, {len(prompts)} answers of {new}, largest |sampler - trainer|; fp32, {precision}"
-        key = "logprob_gap" if precision == setting.fp32.ours else "logprob_gap_exact"
-        yield Row(key, what, None, None, None, "nats", gap)
+    for key, kind, prompts in (
+        ("logprob_gap", "word problems", tokenizer()(texts)["input_ids"]),
+        ("logprob_gap_random", "random tokens", make_prompts(model, count, 16)),
+    ):
+        model.use_precision(setting.fp32.ours)
+        found = gap(model, prompts, new)
+        mode = setting.fp32.words.partition(";")[0]
+        what = f"{setting.words('embedded')}, {count} answers of {new} after {kind}, largest |sampler - trainer|; {mode}"
+        yield Row(key, what, None, None, None, "nats", found)
 
 
 def rows(setting: Setting) -> Iterator[Row]:

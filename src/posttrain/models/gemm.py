@@ -141,6 +141,10 @@ def linear_of(precision: str) -> Linear:
     return LINEAR[precision]
 
 
+OFFERED = 1.3
+"""The least gain of a matrix product that is worth telling."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a probe found; saved with the run, so that a resumed run makes the same choice."""
@@ -148,7 +152,15 @@ class Probe:
     choice: Precision  # "fast" or "exact"
     exact_seconds: float  # of one product, the best of a few
     fast_seconds: float  # 0 where oneDNN is missing
+    bf16_seconds: float
     threads: int
+
+    def words(self) -> str:
+        """What another precision would bring to the matrix products here; empty where it would bring little."""
+        quicker = {"fast": self.fast_seconds, "bf16": self.bf16_seconds}
+        gains = {name: self.exact_seconds / seconds for name, seconds in quicker.items() if seconds}
+        told = [f"precision={name} {gain:.1f}x" for name, gain in gains.items() if gain >= OFFERED]
+        return f"quicker here: {', '.join(told)}" if told else ""
 
     def record(self) -> dict[str, Any]:
         """JSON values."""
@@ -170,12 +182,10 @@ def settle(precision: Precision, *, recorded: Mapping[str, Any] | None = None) -
 
 
 def probe(*, tokens: int = 256, width: int = 512, repeats: int = 5) -> Probe:
-    """Which float32 product is faster here: `x [tokens, width] @ weight [width, width].T`, the best of `repeats`.
+    """Which product is faster here: `x [tokens, width] @ weight [width, width].T`, the best of `repeats`.
 
-    Takes some milliseconds.  `fast` is chosen when it needs at most nine tenths of the time.
+    Takes some milliseconds.  `fast` is chosen when it needs at most nine tenths of the time; `bf16` rounds, and is offered.
     """
-    if not has_onednn():
-        return Probe("exact", 0.0, 0.0, torch.get_num_threads())
     x, weight = torch.ones(tokens, width), torch.ones(width, width)
 
     def best(linear: Linear) -> float:
@@ -187,9 +197,10 @@ def probe(*, tokens: int = 256, width: int = 512, repeats: int = 5) -> Probe:
         return min(found[1:])
 
     with torch.no_grad():
-        exact_seconds, fast_seconds = best(exact), best(fast)
-    choice: Precision = "fast" if fast_seconds <= 0.9 * exact_seconds else "exact"
-    return Probe(choice, exact_seconds, fast_seconds, torch.get_num_threads())
+        exact_seconds, bf16_seconds = best(exact), best(bf16)
+        fast_seconds = best(fast) if has_onednn() else 0.0
+    choice: Precision = "fast" if 0 < fast_seconds <= 0.9 * exact_seconds else "exact"
+    return Probe(choice, exact_seconds, fast_seconds, bf16_seconds, torch.get_num_threads())
 
 
 __all__ = [
