@@ -20,6 +20,7 @@ import torch
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError
 from posttrain.files import atomic_write, make_folders
+from posttrain.samplers.compiled import kernels
 
 from . import decoding, dpo, gpu, grpo, memory, numbers, overhead, rollout, sft
 from .measure import Row, header, shown
@@ -56,6 +57,7 @@ def machine(setting: Setting) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "device": cuda or "cpu",
         "fp32": setting.fp32.ours,
+        "kernels": kernels() is not None,
         "quick": setting.quick,
     }
 

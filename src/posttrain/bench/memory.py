@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,18 +24,21 @@ from .engine import CHUNK
 from .measure import Row, Seconds, Side, clocked, paired
 from .setting import Setting, has_trl, one_thread
 
-MIB = 1024
-"""KiB, which is what ru_maxrss counts in."""
 TOKENS = 2048
 """Trained tokens of the head's rows."""
 
 
 def grown(work: Callable[[], object]) -> float:
     """MiB by which the resident memory's peak passes what it is now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    before = resident("VmRSS")
     work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB - before
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """MiB of this process, now ("VmRSS") or at its peak ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
 
 def head(setting: Setting, chunk_bytes: int) -> tuple[LanguageModel, Callable[[], None], list[int]]:
@@ -116,7 +117,7 @@ def _timed(setting: Setting, chunk_bytes: int) -> Side:
 
 def rows(setting: Setting) -> Iterator[Row]:
     """The comparisons."""
-    if setting.device != "cpu":
+    if setting.device != "cpu" or not Path("/proc/self/status").exists():
         return
     if has_trl() and setting.model is None:
         what = f"{setting.words('3m')}, SFT steps, ragged rows, batch {sft.BATCH}, growth over the loaded process; both fp32"
@@ -125,10 +126,10 @@ def rows(setting: Setting) -> Iterator[Row]:
     _, whole, full = head(setting, 1 << 40)
     work()
     whole()
-    own, other = max(sizes) / 1e6, max(full) / 1e6
+    own, other = max(sizes) / 2**20, max(full) / 2**20
     where = f"{setting.words('135m')}, {64 if setting.quick else TOKENS} trained tokens, forward and backward of the head, fp32"
     largest = f"largest logits tensor; {where}"
-    yield Row("logits_mb", largest, other / own, other / own, other / own, "MB", own, other, "all logits at once")
+    yield Row("logits_mb", largest, other / own, other / own, other / own, "MiB", own, other, "all logits at once")
     name = "all logits at once"
     ours, peer = _timed(setting, _chunk(setting)), _timed(setting, 1 << 40)
     yield paired("logits_time", where, ours, peer, rounds=setting.rounds, peer_name=name, unit="CPU ms/step", goal=0.97)

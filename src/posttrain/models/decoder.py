@@ -70,7 +70,7 @@ class Decoder:
         self._head: Any = inner.lm_head
         self._layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
         self.silu = getattr(config, "hidden_act", None) in ("silu", "swish")
-        self._gemma = type(inner).__name__ == "GemmaForCausalLM"
+        self.offset_norm = type(inner).__name__ == "GemmaForCausalLM"
         self._mistral_window = config.sliding_window if type(inner).__name__ == "MistralForCausalLM" else None
         attention = self._layers[0].self_attn
         self.num_layers = len(self._layers)
@@ -80,6 +80,11 @@ class Decoder:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.scale: float = attention.scaling
+
+    @property
+    def final_norm(self) -> tuple[Tensor, float]:
+        """Weight and epsilon of the last norm, of Llama's kind."""
+        return self._model.norm.weight, self._model.norm.variance_epsilon
 
     def window(self, layer: int) -> int | None:
         """How many tokens a token of this layer sees, itself included; None: all before it."""
@@ -173,7 +178,7 @@ class Decoder:
 
     def norm(self, module: Any, x: Tensor) -> Tensor:
         """One of the model's norms, exact in float64 too."""
-        if self._gemma:
+        if self.offset_norm:
             return rms_norm_offset(x, module.weight, module.eps)
         return rms_norm(x, module.weight, module.variance_epsilon)
 

@@ -27,6 +27,7 @@ from posttrain.errors import ConfigError, DataError, NumericsError
 from posttrain.random import SAMPLER, uniform
 from posttrain.samplers.answer import StopStrings, extended
 from posttrain.samplers.cache import CachedStepper, Prefix, RereadingStepper, Stepper
+from posttrain.samplers.compiled_step import CompiledStepper, can_step
 from posttrain.samplers.draw import Drawn, check, draw
 from posttrain.types import Sample, Sampling
 
@@ -198,6 +199,8 @@ class _Call:
             longest = columns = sampler.context
         else:
             columns = max((len(self.keys[number]) for number in self.waiting), default=1) + BLOCK
+        if not sampler.exact and can_step(model):
+            return CompiledStepper(model, slots=self.slots, longest=longest, columns=columns)
         return CachedStepper(model, slots=self.slots, longest=longest, columns=columns, fixed=sampler.exact)
 
     def run(self) -> list[Sample]:

@@ -42,6 +42,8 @@ class Pieces:
     """`x [n, D], attended [n, H * d] -> [n, D]`, a layer."""
     head: Product
     """`[n, D] -> [n, V]`."""
+    fused: Sequence[FusedLayer] | None = None
+    """The layers themselves, where their products are made ready."""
 
 
 def pieces(model: LanguageModel) -> Pieces:
@@ -49,14 +51,21 @@ def pieces(model: LanguageModel) -> Pieces:
     decoder = model.decoder
     assert decoder is not None
     inner: Any = causal_lm(model.module)
-    layers = list(inner.model.layers[: decoder.num_layers])
-    if model.precision == "exact" or not (all(map(_plain, layers)) and type(inner.lm_head) is nn.Linear):
+    if not fusible(model):
         numbers = range(decoder.num_layers)
         qkv = [partial(decoder.qkv, layer) for layer in numbers]
         return Pieces(qkv, [partial(decoder.finish, layer) for layer in numbers], decoder.head)
-    fused = [_Layer(decoder, layer, model.precision) for layer in layers]
+    fused = [FusedLayer(decoder, layer, model.precision) for layer in inner.model.layers[: decoder.num_layers]]
     head = product(model.precision, [inner.lm_head])
-    return Pieces([layer.qkv for layer in fused], [layer.finish for layer in fused], head)
+    return Pieces([layer.qkv for layer in fused], [layer.finish for layer in fused], head, fused)
+
+
+def fusible(model: LanguageModel) -> bool:
+    """Can the products of this model be made ready?  Not in "exact", nor with LoRA or quantised weights."""
+    inner: Any = causal_lm(model.module)
+    if model.decoder is None or model.precision == "exact" or type(inner.lm_head) is not nn.Linear:
+        return False
+    return all(map(_plain, inner.model.layers[: model.decoder.num_layers]))
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -110,25 +119,39 @@ def _packed_narrow(x: Tensor, *, packed: Tensor, bias: Tensor | None, kind: torc
     return out.to(kind) if bias is None else out.to(kind).add_(bias)
 
 
-class _Layer:
-    """One layer in four products."""
+class FusedLayer:
+    """One layer in four products, whose results stay in bfloat16 where their factors are."""
 
     def __init__(self, decoder: Decoder, layer: Any, precision: Precision) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._decoder, self._layer, self._act = decoder, layer, mlp.act_fn
-        self._in = product(precision, [attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = product(precision, [attention.o_proj])
-        self._wide = product(precision, [mlp.gate_proj, mlp.up_proj], narrow=decoder.silu)
-        self._down = product(precision, [mlp.down_proj])
-        self._inner: int = mlp.gate_proj.out_features
+        self.mix = product(precision, [attention.q_proj, attention.k_proj, attention.v_proj], narrow=True)
+        self.out = product(precision, [attention.o_proj], narrow=True)
+        self.wide = product(precision, [mlp.gate_proj, mlp.up_proj], narrow=True)
+        self.down = product(precision, [mlp.down_proj], narrow=True)
+        self.inner: int = mlp.gate_proj.out_features
         self._queries, self._kv = decoder.num_heads, decoder.num_kv_heads
         self._query_norm = getattr(attention, "q_norm", None)
         self._key_norm = getattr(attention, "k_norm", None)
 
+    @property
+    def norms(self) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
+        """Weights and epsilons of the norms before attention and before the gates."""
+        before, after = self._layer.input_layernorm, self._layer.post_attention_layernorm
+        return (before.weight, before.variance_epsilon), (after.weight, after.variance_epsilon)
+
+    @property
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """Weights and epsilon of the norms of queries and keys, where there are any."""
+        if self._query_norm is None or self._key_norm is None:
+            return None, None, 0.0
+        return self._query_norm.weight, self._key_norm.weight, self._query_norm.variance_epsilon
+
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Pieces.qkv`; queries and keys are rotated together."""
         norm, queries, heads = self._decoder.norm, self._queries, self._queries + self._kv
-        mixed = self._in(norm(self._layer.input_layernorm, x)).view(x.shape[0], heads + self._kv, -1)  # [n, H + 2 Kv, d]
+        mixed = self.mix(norm(self._layer.input_layernorm, x)).to(x.dtype)
+        mixed = mixed.view(x.shape[0], heads + self._kv, -1)  # [n, H + 2 Kv, d]
         turned = mixed[:, :heads]
         if self._query_norm is not None:
             q, k = mixed[:, :queries], mixed[:, queries:heads]
@@ -138,10 +161,11 @@ class _Layer:
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """See `Pieces.finish`."""
-        x = self._out(attended).add_(x)
-        wide = self._wide(self._decoder.norm(self._layer.post_attention_layernorm, x))  # [n, 2 I]
-        inner = self._act(wide[:, : self._inner]).mul_(wide[:, self._inner :])
-        return self._down(inner).add_(x)
+        x = self.out(attended).to(x.dtype).add_(x)
+        wide = self.wide(self._decoder.norm(self._layer.post_attention_layernorm, x))  # [n, 2 I]
+        wide = wide if self._decoder.silu else wide.to(x.dtype)
+        inner = self._act(wide[:, : self.inner]).mul_(wide[:, self.inner :])
+        return self.down(inner).to(x.dtype).add_(x)
 
 
-__all__ = ["Pieces", "Product", "pieces", "product"]
+__all__ = ["FusedLayer", "Pieces", "Product", "fusible", "pieces", "product"]

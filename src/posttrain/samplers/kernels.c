@@ -1,0 +1,212 @@
+/* What stands between the matrix products of one decoding step, for one CPU thread: plain C, no headers but the standard
+ * library's, called through ctypes.  The arithmetic is float32; bfloat16 tensors are read and written as such.
+ *
+ * Axes: rows, D width, I inner width, heads = kv * share query heads, d head width (a multiple of 16, at most 256),
+ * C columns of the cache (a multiple of 32).
+ */
+#include <stdint.h>
+#include <string.h>
+#include <math.h>
+
+typedef uint16_t bf16;
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
+
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline bf16 narrow(float x) { /* to nearest even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+static inline float rounded(float x, int to_narrow) { /* what the trainer's tensors round, this rounds too */
+    return to_narrow ? widen(narrow(x)) : x;
+}
+
+static inline void load(const void *from, int is_narrow, int64_t at, int64_t count, float *restrict to) {
+    if (is_narrow) {
+        const bf16 *x = (const bf16 *)from + at;
+        for (int64_t i = 0; i < count; i++) to[i] = widen(x[i]);
+    } else {
+        memcpy(to, (const float *)from + at, count * sizeof(float));
+    }
+}
+
+static inline void store(void *to, int is_narrow, int64_t at, int64_t count, const float *restrict from) {
+    if (is_narrow) {
+        bf16 *x = (bf16 *)to + at;
+        for (int64_t i = 0; i < count; i++) x[i] = narrow(from[i]);
+    } else {
+        memcpy((float *)to + at, from, count * sizeof(float));
+    }
+}
+
+/* exp of x <= 0, as Cephes has it: one unit in the last place; NaN stays NaN. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t power = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+static inline float total(v16 x) {
+    float out = 0.0f;
+    for (int i = 0; i < 16; i++) out += x[i];
+    return out;
+}
+
+static inline float squares(const float *x, int64_t count) {
+    v16 sum = {0};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        v16 part = *(const v16 *)(x + i);
+        sum += part * part;
+    }
+    float out = total(sum);
+    for (; i < count; i++) out += x[i] * x[i];
+    return out;
+}
+
+/* x += y where there is a y, then out = x / rms(x) * weight. */
+void add_norm(float *x, const void *y, int y_narrow, const float *weight, void *out, int out_narrow, int64_t rows, int64_t D,
+              float eps, float *restrict scratch) {
+    for (int64_t b = 0; b < rows; b++) {
+        float *row = x + b * D;
+        if (y) {
+            load(y, y_narrow, b * D, D, scratch);
+            for (int64_t i = 0; i < D; i++) row[i] += scratch[i];
+        }
+        float scale = 1.0f / sqrtf(squares(row, D) / (float)D + eps);
+        for (int64_t i = 0; i < D; i++) scratch[i] = row[i] * scale * weight[i];
+        store(out, out_narrow, b * D, D, scratch);
+    }
+}
+
+/* out = silu(gate) * up of wide = [gate, up]. */
+void swiglu(const void *wide, int wide_narrow, void *out, int out_narrow, int64_t rows, int64_t I, float *restrict scratch) {
+    float *restrict gate = scratch, *restrict up = scratch + I;
+    for (int64_t b = 0; b < rows; b++) {
+        load(wide, wide_narrow, b * 2 * I, I, gate);
+        load(wide, wide_narrow, b * 2 * I + I, I, up);
+        for (int64_t i = 0; i < I; i++) {
+            float g = gate[i], e = exponential(g < 0 ? g : -g);
+            gate[i] = rounded(g * (g < 0 ? e : 1.0f) / (1.0f + e), out_narrow) * up[i];
+        }
+        store(out, out_narrow, b * I, I, gate);
+    }
+}
+
+static inline void turned(float *x, const float *weight, float eps, const float *cosine, const float *sine, int64_t d) {
+    float before[256];
+    if (weight) {
+        float scale = 1.0f / sqrtf(squares(x, d) / (float)d + eps);
+        for (int64_t i = 0; i < d; i++) x[i] = x[i] * scale * weight[i];
+    }
+    memcpy(before, x, d * sizeof(float));
+    int64_t half = d / 2;
+    for (int64_t i = 0; i < half; i++) {
+        x[i] = before[i] * cosine[i] - before[i + half] * sine[i];
+        x[i + half] = before[i + half] * cosine[i + half] + before[i] * sine[i + half];
+    }
+}
+
+/* scores[first .. last] of one query, in blocks of 32 columns from a multiple of 32. */
+static inline void score(const float *query, const float *keys, int64_t d, int64_t C, int64_t first, int64_t last, float *scores) {
+    for (int64_t j = first / 32 * 32; j <= last; j += 32) {
+        v16 one = {0}, two = {0};
+        for (int64_t i = 0; i < d; i++) {
+            const float *key = keys + i * C + j;
+            one += query[i] * *(const v16 *)key;
+            two += query[i] * *(const v16 *)(key + 16);
+        }
+        *(v16 *)(scores + j) = one;
+        *(v16 *)(scores + j + 16) = two;
+    }
+}
+
+static inline void softmax(float *scores, int64_t first, int64_t last) {
+    float most = scores[first], sum = 0.0f;
+    for (int64_t j = first; j <= last; j++) most = scores[j] > most ? scores[j] : most;
+    for (int64_t j = first; j <= last; j++) scores[j] = exponential(scores[j] - most);
+    for (int64_t j = first; j <= last; j++) sum += scores[j];
+    float scale = 1.0f / sum;
+    for (int64_t j = first; j <= last; j++) scores[j] *= scale;
+}
+
+static inline v16 sixteen(const void *values, int is_narrow, int64_t at) {
+    if (!is_narrow) return *(const v16 *)((const float *)values + at);
+    u16v bits = __builtin_convertvector(*(const h16 *)((const bf16 *)values + at), u16v) << 16;
+    v16 out;
+    memcpy(&out, &bits, 64);
+    return out;
+}
+
+static inline void weighed(const float *p, const void *values, int is_narrow, int64_t start, int64_t d, int64_t first,
+                           int64_t last, float *out) {
+    for (int64_t i = 0; i < d; i += 16) {
+        v16 even = {0}, odd = {0};
+        int64_t j = first;
+        for (; j < last; j += 2) {
+            even += p[j] * sixteen(values, is_narrow, start + j * d + i);
+            odd += p[j + 1] * sixteen(values, is_narrow, start + (j + 1) * d + i);
+        }
+        if (j == last) even += p[j] * sixteen(values, is_narrow, start + j * d + i);
+        *(v16 *)(out + i) = even + odd;
+    }
+}
+
+/* One token a row: queries, keys and values of `mixed` [rows, heads + 2 kv, d] are normed (where there are weights) and
+ * rotated, keys [rows * kv, d, C] and values [rows * kv, C, d] get the token at its position, and every query looks at the
+ * tokens before it (the last `window` of them, or all at 0).  out: [rows, heads * d]. */
+void attend(const void *mixed, int mixed_narrow, const float *cosine, const float *sine, const int64_t *positions, float *keys,
+            void *values, int values_narrow, void *out, int out_narrow, const float *q_norm, const float *k_norm, float eps,
+            int64_t rows, int64_t kv, int64_t share, int64_t d, int64_t C, float scale, int64_t window, float *scores) {
+    int64_t heads = kv * share;
+    float query[256], other[256];
+    for (int64_t b = 0; b < rows; b++) {
+        int64_t last = positions[b], first = window > 0 && last >= window ? last - window + 1 : 0;
+        const float *c = cosine + last * d, *s = sine + last * d;
+        int64_t row = b * (heads + 2 * kv) * d;
+        for (int64_t g = 0; g < kv; g++) {
+            float *own_keys = keys + (b * kv + g) * d * C;
+            int64_t start = (b * kv + g) * C * d;
+            load(mixed, mixed_narrow, row + (heads + g) * d, d, other);
+            turned(other, k_norm, eps, c, s, d);
+            for (int64_t i = 0; i < d; i++) own_keys[i * C + last] = other[i];
+            load(mixed, mixed_narrow, row + (heads + kv + g) * d, d, other);
+            store(values, values_narrow, start + last * d, d, other);
+            for (int64_t h = g * share; h < (g + 1) * share; h++) {
+                load(mixed, mixed_narrow, row + h * d, d, query);
+                turned(query, q_norm, eps, c, s, d);
+                for (int64_t i = 0; i < d; i++) query[i] *= scale;
+                score(query, own_keys, d, C, first, last, scores);
+                softmax(scores, first, last);
+                if (values_narrow) {
+                    for (int64_t j = first; j <= last; j++) scores[j] = rounded(scores[j], 1);
+                    weighed(scores, values, 1, start, d, first, last, other);
+                } else {
+                    weighed(scores, values, 0, start, d, first, last, other);
+                }
+                store(out, out_narrow, (b * heads + h) * d, d, other);
+            }
+        }
+    }
+}

@@ -1,0 +1,134 @@
+"""The compiled step against the one that it stands in for, and what happens where nothing can be compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.errors import NumericsError
+from posttrain.models.gemm import Precision, has_onednn
+from posttrain.models.model import LanguageModel
+from posttrain.models.random import random_model
+from posttrain.samplers import NativeSampler, compiled
+from posttrain.samplers.cache import CachedStepper
+from posttrain.samplers.compiled import kernels
+from posttrain.samplers.compiled_step import CompiledStepper, can_step
+from posttrain.types import Origin, Sample, Sampling
+
+torch.set_num_threads(1)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 16}),
+    "one key head each": ("llama", {"head_dim": 32, "num_key_value_heads": 4}),
+    "one key head for all": ("llama", {"head_dim": 16, "num_key_value_heads": 1, "num_attention_heads": 3, "hidden_size": 48}),
+    "biases": ("qwen2", {"hidden_size": 64}),
+    "norms of heads": ("qwen3", {}),
+    "window": ("mistral", {"head_dim": 16, "sliding_window": 7}),
+    "odd inner width": ("llama", {"head_dim": 48, "intermediate_size": 37}),
+}
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C compiler, or POSTTRAIN_COMPILE=0")
+
+
+def make(name: str, precision: Precision) -> LanguageModel:
+    family, config = MODELS[name]
+    model = random_model(family, **config)
+    model.use_precision(precision)
+    return model
+
+
+def prompt(*tokens: int, index: int = 0) -> Sample:
+    return Sample(tokens=list(tokens), origin=[int(Origin.USER)] * len(tokens), trained=[False] * len(tokens), index=index)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fast", 2e-4), ("bf16", 0.3)])
+def test_every_step_gives_the_logits_of_the_plain_one(name: str, precision: Precision, tolerance: float) -> None:
+    model = make(name, precision)
+    assert can_step(model)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(3, 61, (size,), generator=generator).tolist()) for size in (3, 9, 1, 20)]
+    steppers = [kind(model, slots=6, longest=110, columns=32) for kind in (CachedStepper, CompiledStepper)]
+    position = torch.tensor([len(tokens) for tokens in prompts])
+    with torch.no_grad():
+        for stepper in steppers:
+            for slot, prefix in enumerate(stepper.prefill(prompts)):
+                stepper.admit(torch.tensor([slot]), prefix)
+        for number in range(80):
+            tokens = torch.randint(3, 61, (4,), generator=generator)
+            if number == 40:  # a row leaves, and another takes its slot
+                (prefix,) = steppers[0].prefill([(7, 8, 9)])
+                for stepper in steppers:
+                    stepper.admit(torch.tensor([1]), prefix)
+                position[1] = 3
+            if number == 60:
+                for stepper in steppers:
+                    stepper.move(torch.tensor([3]), torch.tensor([0]), int(position[3]) + 1)
+                position[0] = position[3]
+            longest = int(position.max()) + 1
+            plain, quick = (stepper.step(tokens, position, longest) for stepper in steppers)
+            assert quick.dtype == torch.float32
+            torch.testing.assert_close(quick, plain, atol=tolerance, rtol=tolerance)
+            if precision == "fast":
+                assert torch.equal(quick.argmax(-1), plain.argmax(-1))
+            position += 1
+
+
+@needs_kernels
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_the_plain_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name, "fast")
+    asked = [prompt(*range(3, 5 + i % 7), index=i) for i in range(20)]
+    sampler = NativeSampler(model, None, stop_tokens=(2, 5, 9), max_batch=5)
+    quick = sampler.sample(asked, sampling=Sampling(max_tokens=30), seed=0, step=0)
+    monkeypatch.setattr("posttrain.samplers.native.can_step", lambda _: False)
+    plain = sampler.sample(asked, sampling=Sampling(max_tokens=30), seed=0, step=0)
+    assert [a.tokens for a in quick] == [a.tokens for a in plain]
+    for one, other in zip(quick, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fast", "bf16"])
+def test_broken_weights_are_an_error_here_too(precision: Precision) -> None:
+    model = make("llama", precision)
+    with torch.no_grad():
+        model.module.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="not finite"):
+        NativeSampler(model, None, stop_tokens=()).sample([prompt(5, 6)], sampling=Sampling(max_tokens=4), seed=0, step=0)
+
+
+def test_what_cannot_be_stepped() -> None:
+    assert not can_step(make("llama", "exact"))
+    assert not can_step(random_model("llama", head_dim=8))
+    gemma = random_model("gemma")
+    gemma.use_precision("fast")
+    assert not can_step(gemma)
+    assert not can_step(random_model("gpt_neox"))
+
+
+def test_without_a_compiler_all_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiled.build() is None
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    assert compiled.build() is None
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_kernels
+def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compiled.build()
+    assert first is not None
+    assert first.parent == tmp_path / "posttrain"
+    stamp = first.stat().st_mtime_ns
+    assert compiled.build() == first
+    assert first.stat().st_mtime_ns == stamp
+    monkeypatch.setenv("POSTTRAIN_COMPILE", "0")
+    assert compiled.build() is None
