@@ -16,6 +16,7 @@ from posttrain.samplers import NativeSampler, compiled
 from posttrain.samplers.cache import CachedStepper
 from posttrain.samplers.compiled import kernels
 from posttrain.samplers.compiled_step import CompiledStepper, can_step
+from posttrain.samplers.draw import draw
 from posttrain.types import Origin, Sample, Sampling
 
 torch.set_num_threads(1)
@@ -92,6 +93,33 @@ def test_answers_are_those_of_the_plain_step(name: str, monkeypatch: pytest.Monk
 
 
 @needs_kernels
+@pytest.mark.parametrize("vocabulary", [1, 7, 61, 1000, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_draws_are_those_of_torch(vocabulary: int, temperature: float) -> None:
+    stepper = CompiledStepper(make("llama", "fast"), slots=1, longest=8, columns=8)
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(400, vocabulary, generator=generator)
+    logits[1, :] = -30.0
+    if vocabulary > 2:
+        logits[0] = float("-inf")
+        logits[0, 1] = 2.0
+        logits[2, 2:] = -1e9
+        logits[3, 0] = float("nan")
+        logits[4, 1] = float("inf")
+    uniforms = torch.rand(400, dtype=torch.float64, generator=generator)
+    uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 1 - 2**-53])
+    sampling = Sampling(temperature=temperature)
+    ours, theirs = stepper.draw(logits, uniforms, sampling), draw(logits, uniforms, sampling)
+    assert torch.equal(ours.tokens < 0, theirs.tokens < 0)
+    assert torch.isfinite(ours.logprobs[ours.tokens >= 0]).all()
+    assert float((ours.tokens == theirs.tokens).float().mean()) > 0.995  # a draw may stand on the edge of two entries
+    same = (ours.tokens == theirs.tokens) & (ours.tokens >= 0)
+    torch.testing.assert_close(ours.logprobs[same], theirs.logprobs[same], atol=2e-6, rtol=2e-6)
+    likely = logits.softmax(-1).gather(1, ours.tokens.clamp(min=0)[:, None])[:, 0]
+    assert (likely[ours.tokens >= 0] > 0).all()
+
+
+@needs_kernels
 @pytest.mark.parametrize("precision", ["fast", "bf16"])
 def test_broken_weights_are_an_error_here_too(precision: Precision) -> None:
     model = make("llama", precision)
@@ -101,13 +129,15 @@ def test_broken_weights_are_an_error_here_too(precision: Precision) -> None:
         NativeSampler(model, None, stop_tokens=()).sample([prompt(5, 6)], sampling=Sampling(max_tokens=4), seed=0, step=0)
 
 
-def test_what_cannot_be_stepped() -> None:
+def test_what_cannot_be_stepped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_step(make("llama", "exact"))
     assert not can_step(random_model("llama", head_dim=8))
     gemma = random_model("gemma")
     gemma.use_precision("fast")
     assert not can_step(gemma)
     assert not can_step(random_model("gpt_neox"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert not can_step(make("llama", "fast"))
 
 
 def test_without_a_compiler_all_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ _POINTER, _FLAG, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, 
 _SIGNATURES = {
     "add_norm": [_POINTER, _POINTER, _FLAG, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _FLOAT, _POINTER],
     "swiglu": [_POINTER, _FLAG, _POINTER, _FLAG, _SIZE, _SIZE, _POINTER],
+    "draw": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER],
     "attend": [
         *[_POINTER, _FLAG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLAG, _POINTER, _FLAG, _POINTER, _POINTER],
         *[_FLOAT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _FLOAT, _SIZE, _POINTER],

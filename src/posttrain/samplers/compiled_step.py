@@ -13,10 +13,18 @@ from torch import Tensor
 
 from posttrain.samplers.cache import CachedStepper
 from posttrain.samplers.compiled import kernels
+from posttrain.samplers.draw import Drawn, draw
 from posttrain.samplers.products import fusible
+from posttrain.types import Sampling
 
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
+
+
+LARGEST = 128 * 4096
+"""Tokens of the largest vocabulary that `draw` of kernels.c holds."""
+THREADS = 2
+"""Threads of torch's up to which one of these functions' is quicker."""
 
 
 class CompiledStepper(CachedStepper):
@@ -36,6 +44,7 @@ class CompiledStepper(CachedStepper):
         self._normed = torch.empty(slots, width, dtype=self._kind)
         self._attended = torch.empty(slots, self._decoder.num_heads * self._width, dtype=self._kind)
         self._inner = torch.empty(slots, inner, dtype=self._kind)
+        self._weights = torch.empty(0)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
@@ -56,6 +65,21 @@ class CompiledStepper(CachedStepper):
             normed = self._add_norm(x, layer.down(self._inner[:rows]), number + 1)
         logits = self._pieces.head(normed)
         return logits if logits.dtype == torch.float32 else logits.float()
+
+    def draw(self, logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> Drawn:
+        """See `draw.draw`, whose results these are to rounding."""
+        rows, vocabulary = logits.shape
+        if uniforms is None or sampling.truncated or vocabulary > LARGEST:
+            return draw(logits, uniforms, sampling)
+        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        if self._weights.numel() < vocabulary:
+            self._weights = torch.empty(vocabulary)
+        logits, uniforms = logits.contiguous(), uniforms.contiguous()
+        self._kernels.draw(
+            logits.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), rows, vocabulary,
+            sampling.temperature, self._weights.data_ptr(),
+        )  # fmt: skip
+        return Drawn(tokens, logprobs, logprobs)
 
     @property
     def _narrow(self) -> bool:
@@ -87,8 +111,13 @@ class CompiledStepper(CachedStepper):
 
 
 def can_step(model: LanguageModel) -> bool:
-    """Can this model's steps be compiled?  Llama's kind of layer in float32 on a CPU, in a quick precision, without LoRA."""
+    """Can this model's steps be compiled?  Llama's kind of layer in float32 on a CPU, in a quick precision, without LoRA.
+
+    The functions run on one thread: where torch has many, its own operations are quicker.
+    """
     decoder = model.decoder
+    if torch.get_num_threads() > THREADS:
+        return False
     if decoder is None or model.precision == "exact" or model.device.type != "cpu" or model.dtype != torch.float32:
         return False
     plain = decoder.silu and not decoder.offset_norm and decoder.head_dim % 16 == 0 and decoder.head_dim <= 256

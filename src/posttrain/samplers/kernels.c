@@ -210,3 +210,57 @@ void attend(const void *mixed, int mixed_narrow, const float *cosine, const floa
         }
     }
 }
+
+typedef float f8 __attribute__((vector_size(32), aligned(4)));
+typedef double d8 __attribute__((vector_size(64), aligned(8)));
+enum { BLOCK = 128, BLOCKS = 4096 };
+
+/* One token a row by inverting the running sum of exp(logits / temperature), as `draw.invert` does: the first entry whose
+ * running sum is above u * total.  tokens: -1 where the total is not finite.  V is at most BLOCK * BLOCKS. */
+void draw(const float *logits, const double *uniforms, int64_t *tokens, float *logprobs, int64_t rows, int64_t V,
+          float temperature, float *restrict weights) {
+    static _Thread_local double sums[BLOCKS];
+    for (int64_t b = 0; b < rows; b++) {
+        const float *row = logits + b * V;
+        float most = row[0] / temperature;
+        double all = 0.0;
+        for (int64_t i = 0; i < V; i++) {
+            weights[i] = row[i] / temperature;
+            most = weights[i] > most ? weights[i] : most;
+        }
+        for (int64_t start = 0; start < V; start += BLOCK) {
+            int64_t end = start + BLOCK < V ? start + BLOCK : V, i = start;
+            for (int64_t j = start; j < end; j++) {
+                float below = weights[j] - most;
+                weights[j] = below < -87.0f ? 0.0f : exponential(below);
+            }
+            d8 sum = {0};
+            for (; i + 8 <= end; i += 8) sum += __builtin_convertvector(*(const f8 *)(weights + i), d8);
+            double own = 0.0;
+            for (int lane = 0; lane < 8; lane++) own += sum[lane];
+            for (; i < end; i++) own += weights[i];
+            all += sums[start / BLOCK] = own;
+        }
+        if (!(all > 0.0 && all <= 1e300)) {
+            tokens[b] = -1;
+            logprobs[b] = NAN;
+            continue;
+        }
+        double wanted = uniforms[b] * all, running = 0.0;
+        if (wanted >= all) wanted = nextafter(all, 0.0);
+        int64_t block = 0, last = (V - 1) / BLOCK, chosen = -1;
+        while (block < last && running + sums[block] <= wanted) running += sums[block++];
+        int64_t end = (block + 1) * BLOCK < V ? (block + 1) * BLOCK : V;
+        for (int64_t i = block * BLOCK; i < end; i++) {
+            if (weights[i] > 0.0f) chosen = i; /* rounding may leave the running sum at the bound: then the last that can be */
+            running += weights[i];
+            if (running > wanted) break;
+        }
+        if (chosen < 0) { /* nothing in this block can be drawn: the likeliest token */
+            for (int64_t i = 0; i < V; i++)
+                if (chosen < 0 || weights[i] > weights[chosen]) chosen = i;
+        }
+        tokens[b] = chosen;
+        logprobs[b] = (float)((double)(row[chosen] / temperature - most) - log(all));
+    }
+}

@@ -170,6 +170,7 @@ class _Call:
         self.uniforms = torch.zeros(self.slots, BLOCK, dtype=torch.float64, device=self.device)
         self.column = BLOCK  # of `uniforms`, for the next draw
         self.stepper = self._stepper()
+        self.draw = self.stepper.draw if isinstance(self.stepper, CompiledStepper) else draw
 
     def _room(self, length: int) -> int:
         """Tokens that may follow a prompt of `length` tokens."""
@@ -314,7 +315,7 @@ class _Call:
         tokens, position = self.next_token[:used], self.position[:used]
         longest = max(row.length for row in self.rows[:used] if row is not None)
         logits = self.stepper.step(tokens, position, longest)  # [B, V]
-        drawn = draw(logits, self._uniforms(used), self.sampling)
+        drawn = self.draw(logits, self._uniforms(used), self.sampling)
         tokens.copy_(drawn.tokens)
         position.add_(self.live[:used])
         gone = []
