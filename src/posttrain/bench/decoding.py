@@ -69,10 +69,14 @@ def generate(
     return write
 
 
-def continuous(model: LanguageModel, prompts: Sequence[Sequence[int]], new: int, *, bf16: bool = False) -> Write:
-    """Writes `new` tokens after every prompt with transformers' continuous batching."""
+def continuous(model: LanguageModel, prompts: Sequence[Sequence[int]], new: int, *, bf16: bool = False) -> Side | None:
+    """Rounds of transformers' continuous batching, `new` tokens after every prompt; None where it has none."""
     from transformers import GenerationConfig
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    try:
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    except ImportError:
+        return None
 
     module: Any = twin(model).eval()
     if bf16:
@@ -86,7 +90,7 @@ def continuous(model: LanguageModel, prompts: Sequence[Sequence[int]], new: int,
         found = module.generate_batch([list(p) for p in prompts], generation_config=config, continuous_batching_config=paging)
         return [list(output.generated_tokens) for output in found.values()]
 
-    return write
+    return side(write)
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -121,7 +125,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     model.use_precision(bf16.ours)
     new, prompts = 8 if setting.quick else 64, make_prompts(model, 4 if setting.quick else 16, PROMPT)
     what = f"{setting.words('3m')}, batch {len(prompts)}, prompt {PROMPT}, {new} new tokens; {bf16.words}"
-    sides = side(native(model, prompts, new)), side(continuous(model, prompts, new))
+    sides = side(native(model, prompts, new)), continuous(model, prompts, new)
     name, unit = "transformers generate_batch", f"tokens/{setting.unit}s"
     yield paired("continuous_3m_bf16", what, *sides, rounds=setting.rounds, peer_name=name, unit=unit)
 

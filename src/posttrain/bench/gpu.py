@@ -92,7 +92,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         forget()
         model.use_precision("bf16")
         prompts = make_prompts(model, 4 if setting.quick else 64, 16)
-        sides = side(native(model, prompts, new)), side(continuous(model, prompts, new, bf16=True))
+        sides = side(native(model, prompts, new)), continuous(model, prompts, new, bf16=True)
         what = f"{setting.words(size)}, batch {len(prompts)}, prompt 16, {new} new tokens; bf16 both"
         name = "transformers generate_batch"
         yield paired(f"gpu_rollout_{size}", what, *sides, rounds=setting.rounds, peer_name=name, unit="tokens/s", goal=1.2)
