@@ -125,9 +125,9 @@ def rows(setting: Setting) -> Iterator[Row]:
     model.use_precision(bf16.ours)
     new, prompts = 8 if setting.quick else 64, make_prompts(model, 4 if setting.quick else 16, PROMPT)
     what = f"{setting.words('3m')}, batch {len(prompts)}, prompt {PROMPT}, {new} new tokens; {bf16.words}"
-    sides = side(native(model, prompts, new)), continuous(model, prompts, new)
+    ours, peer = side(native(model, prompts, new)), continuous(model, prompts, new)
     name, unit = "transformers generate_batch", f"tokens/{setting.unit}s"
-    yield paired("continuous_3m_bf16", what, *sides, rounds=setting.rounds, peer_name=name, unit=unit)
+    yield paired("continuous_3m_bf16", what, ours, peer, rounds=setting.rounds, peer_name=name, unit=unit)
 
 
 __all__ = ["PROMPT", "continuous", "generate", "make_prompts", "native", "rows", "side"]
