@@ -11,11 +11,13 @@ from small import lines, same, small_run, weights
 from test_restart import assert_same, train_until
 
 from posttrain import score
+from posttrain.distributed.world import World
 from posttrain.methods import DPO, IPO, SFT
+from posttrain.models.random import random_model
 from posttrain.pack import pack
 from posttrain.recall import Recall, row_keys
 from posttrain.run import train
-from posttrain.types import Sample
+from posttrain.types import Sample, State
 from posttrain.wiring import recalls
 
 
@@ -83,6 +85,26 @@ def test_only_rows_that_come_again_are_remembered(small_model: Path, tmp_path: P
     assert Recall.covers(SFT(), SFT().views()) == []
 
 
+def test_rows_that_were_not_read_are_not_remembered(small_model: Path) -> None:
+    """A pair with a dead half is not read; its living half must not be remembered as zeros."""
+    chance = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 50, (6,), generator=chance).tolist() for _ in range(4)]
+    alive, dead = [False, *[True] * 5], [False] * 6
+    first = pack([Sample(tokens=t, origin=[3] * 6, trained=m) for t, m in zip(tokens, [alive, dead, alive, alive], strict=True)])
+    second = pack([Sample(tokens=t, origin=[3] * 6, trained=alive) for t in (tokens[0], tokens[1])])
+    models = {name: random_model(seed=seed) for seed, name in enumerate(("policy", "reference"))}
+    state, recall = State(step=0, total_steps=9), Recall()
+    found = []
+    for memory in (recall, recall, None):
+        for batch in (first, second):
+            made = score.prepare(
+                models, DPO(), batch, state, token_budget=999, world=World(), on_policy=True, recall=memory
+            )
+        found.append(made[1].reference.logprob)
+    assert (found[0][second.mask] != 0).all()
+    assert all(torch.allclose(one, found[2], atol=1e-5) for one in found)
+
+
 def test_keys_are_of_tokens_and_mask() -> None:
     batch = rows()
     assert len(set(row_keys(batch))) == 4
@@ -95,10 +117,10 @@ def test_keys_are_of_tokens_and_mask() -> None:
 def test_a_new_row_is_read_and_the_limit_holds() -> None:
     recall, batch = Recall(limit=200), rows()
     values = torch.where(batch.mask, torch.randn(batch.mask.shape), 0.0)
-    recall.keep("reference", batch, values)
+    recall.keep("reference", batch, values, range(4))
     assert 0 < recall.size <= 200
     full = Recall()
-    full.keep("reference", batch, values)
+    full.keep("reference", batch, values, range(4))
     order = torch.tensor([3, 1, 0, 2])
     found = full.known(["reference"], batch.rows(order))
     assert found is not None

@@ -36,7 +36,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(mallopt(name, value) for name, value in ((_MMAP_THRESHOLD, LARGE), (_TRIM_THRESHOLD, KEPT), (_TOP_PAD, STEP)))
+    wanted = ((_MMAP_THRESHOLD, LARGE), (_TRIM_THRESHOLD, KEPT), (_TOP_PAD, STEP))
+    taken = [mallopt(name, value) for name, value in wanted]  # older ones refuse the first, and take the others
+    return all(taken)
 
 
 __all__ = ["keep_freed_memory"]

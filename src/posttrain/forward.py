@@ -171,10 +171,11 @@ def read(
 
 def _laid_out(batch: Batch, *, shares: bool) -> Layout:
     """The batch's tokens, with common beginnings once where that `shares` enough; worked out once for all views and updates."""
-    key = ("layout", shares)
-    if key not in batch.memo:
-        batch.memo[key] = (shared_layout(batch) if shares else None) or layout(batch)
-    found: Layout = batch.memo[key]
+    of = (batch.tokens, batch.lengths, batch.group)
+    kept = batch.memo.get(("layout", shares))
+    if kept is None or any(one is not other for one, other in zip(kept[0], of, strict=True)):
+        kept = batch.memo["layout", shares] = (of, (shared_layout(batch) if shares else None) or layout(batch))
+    found: Layout = kept[1]
     return found
 
 

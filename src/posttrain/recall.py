@@ -43,16 +43,14 @@ class Recall:
 
     @staticmethod
     def covers(method: Method, once: Mapping[str, View]) -> list[str]:
-        """The views among `once` that may be remembered."""
-        if method.rows == "prompts":
+        """The views among `once` that may be remembered; none where another view among them is worked out from readings."""
+        if method.rows == "prompts" or any(view.inputs or view.embeddings for view in once.values()):
             return []
         beside = wanted_beside(method.views())
         return [
             name
             for name, view in once.items()
             if view.model not in method.trains
-            and view.inputs is None
-            and view.embeddings is None
             and name not in beside
             and all(quantity is reads.logprob for quantity in view.reads)
         ]
@@ -72,10 +70,11 @@ class Recall:
             found[name] = {reads.logprob.name: whole}
         return found
 
-    def keep(self, name: str, batch: Batch, values: Tensor) -> None:
-        """Remember `values` [B, T] of a view, while there is room."""
-        own = self.rows.setdefault(name, {})
-        for row, key in enumerate(row_keys(batch)):
+    def keep(self, name: str, batch: Batch, values: Tensor, chosen: Sequence[int]) -> None:
+        """Remember `values` [B, T] of a view for the rows `chosen`, those that were read, while there is room."""
+        own, keys = self.rows.setdefault(name, {}), row_keys(batch)
+        for row in chosen:
+            key = keys[row]
             kept = values[row][batch.mask[row]].detach().cpu()
             if key in own or self.size + kept.nbytes + KEY > self.limit:
                 continue

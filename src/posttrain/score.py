@@ -153,5 +153,6 @@ def prepare(
         if known is not None:
             seen = seen.plus(name, known[name])
         elif recall is not None:
-            recall.keep(name, batch, getattr(seen, name).values[logprob.name])
+            alive = [row for unit in units(batch, method.unit) for row in unit]
+            recall.keep(name, batch, getattr(seen, name).values[logprob.name], alive)
     return method.credit(batch, seen, state), seen, state

@@ -161,7 +161,7 @@ class Batch:
     seed: int = 0
     step: int = 0  # with `seed`, the other half of the randomness key
     training: bool = True  # False in evaluation: noise, smoothing and mixed inputs are off
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what hangs on tokens and groups alone
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # how rows are laid out; see `forward`
 
     @property
     def num_rows(self) -> int:
@@ -169,9 +169,7 @@ class Batch:
         return int(self.tokens.shape[0])
 
     def with_(self, **changes: Any) -> Batch:
-        """A copy with some fields replaced; how its rows are laid out is worked out again only where these changed."""
-        if changes.keys() & {"tokens", "lengths", "group"}:
-            changes["memo"] = {}
+        """A copy with some fields replaced."""
         return replace(self, **changes)
 
     def with_columns(self, **columns: Tensor) -> Batch:
@@ -185,8 +183,12 @@ class Batch:
 
     def rows(self, chosen: Tensor) -> Batch:
         """The rows of `chosen` [b] (int64 or bool), every tensor cut alike; columns ride along."""
-        cut = {name: getattr(self, name)[chosen] for name in ROW_FIELDS}
         memo: dict[Any, Any] = self.memo.setdefault(("rows", chosen.dtype, *chosen.tolist()), {})
+        of = (self.tokens, self.lengths, self.group)
+        kept = memo.get("cut")  # the same tensors as last time, so that what is known of their layout holds
+        if kept is None or any(one is not other for one, other in zip(kept[0], of, strict=True)):
+            kept = memo["cut"] = (of, {name: getattr(self, name)[chosen] for name in ("tokens", "lengths", "group")})
+        cut = {name: kept[1][name] if name in kept[1] else getattr(self, name)[chosen] for name in ROW_FIELDS}
         return replace(self, **cut, columns={name: value[chosen] for name, value in self.columns.items()}, memo=memo)
 
 

@@ -209,7 +209,9 @@ def recalls(run: Run, steps: int) -> dict[str, Recall]:
     found = {}
     for name, part in run.method.parts().items():
         rows = sets.get(part.data or next(iter(sets)), ())
-        if part.supply is None and part.method.rows != "prompts" and len(rows) < steps * run.prompts_per_step:
+        again = part.supply is None and len(rows) < steps * run.prompts_per_step
+        frozen = set(trained_models(run.method)) == set(part.method.trains)  # no other part trains what this one only reads
+        if again and frozen and part.method.rows != "prompts":
             found[name] = Recall()
     return found
 

@@ -150,6 +150,13 @@ def test_without_a_compiler_all_stays_as_it_is(tmp_path: Path, monkeypatch: pyte
     assert compiled.build() is None
     assert not list((tmp_path / "cache").rglob("*.so"))
 
+    def nobody() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    assert compiled.build() is None
+
 
 @needs_kernels
 def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ def test_answers_have_the_contract_of_a_sampler(served: Served) -> None:
     assert [a.tokens for a in other] != [a.tokens for a in found]
     seeds = [body["seed"] for body in served.asked("/v1/completions") if "seed" in body]
     assert len(set(seeds)) == 6
+    plain = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # the model's own settings must not fill these in
+    assert all(plain.items() <= body.items() for body in served.asked("/v1/completions") if "seed" in body)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -88,6 +90,24 @@ def test_weights_are_sent_once_a_version_and_checked(served: Served) -> None:
     assert len(served.asked("/collective_rpc")) == len(served.asked("/reset_prefix_cache")) == 2
     assert served.engine.model.fingerprint() == served.model.fingerprint()
     assert f'"{served.model.fingerprint()}"' in (sampler.weights / "version.json").read_text()
+
+
+def test_a_missed_reload_is_found_out_by_what_did_not_move(served: Served) -> None:
+    served.sampler.tolerance = 100.0
+    served.sampler.sample([prompt(50, 60, 70)], sampling=Sampling(max_tokens=2), seed=0, step=0)
+    served.engine.fault = "stale"
+    with torch.no_grad():
+        for weight in served.model.parameters().values():
+            weight.mul_(0.9)
+    served.sampler.policy_version = 1
+    with pytest.raises(SamplerError, match="the one before"):
+        served.sampler.sample([prompt(50, 60, 70)], sampling=Sampling(max_tokens=2), seed=0, step=1)
+
+
+@pytest.mark.usefixtures("program")
+def test_a_proxy_of_the_environment_is_not_for_our_own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert train(run_with(tmp_path / "run", steps=1)).steps == 1
 
 
 @pytest.mark.parametrize(
@@ -134,14 +154,13 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_with(out: Path, **settings: object) -> Run:
     problems = task("word-problems", level="demo")
-    settings = {"sampler": "vllm", **settings}
+    settings = {"sampler": "vllm", "steps": 2, **settings}
     return Run(
         method=method("grpo")(beta=0.0),
         model="tiny",
         data=problems.rows("train", 4),
         rewards=problems.rewards,
         out=str(out),
-        steps=2,
         prompts_per_step=2,
         samples_per_prompt=2,
         sampling=Sampling(max_tokens=8),

@@ -42,12 +42,16 @@ def batches(setting: Setting, *, fixed: bool) -> list[list[list[int]]]:
     return [rows[start : start + sft.BATCH] for start in range(0, len(rows), sft.BATCH)]
 
 
-def with_use(row: Row, model: LanguageModel, length: float) -> Row:
-    """The row with MFU and peak memory."""
+def with_use(row: Row, ours: Side, model: LanguageModel, length: float = 0.0) -> Row:
+    """The row with MFU, where tokens of rows of that `length` were counted, and what one round of ours takes of memory."""
     limit = peak()
-    mfu = None if limit is None else row.ours * flop_per_token(model, length) / limit
-    memory = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None
-    return replace(row, mfu=mfu, peak_mb=memory)
+    mfu = None if limit is None or not length else row.ours * flop_per_token(model, length) / limit
+    if not torch.cuda.is_available():
+        return replace(row, mfu=mfu)
+    forget()
+    before = torch.cuda.memory_allocated()
+    ours()
+    return replace(row, mfu=mfu, peak_mb=(torch.cuda.max_memory_allocated() - before) / 1e6)
 
 
 def forget() -> None:
@@ -68,11 +72,12 @@ def training(setting: Setting, size: str) -> Iterator[Row]:
         peer: Side | None = sft.trl(model, work, bf16=True, device=setting.device)
         what = f"{setting.words(size)}, batch {sft.BATCH}, {kind} rows of {min(lengths)} to {max(lengths)} tokens; bf16 both"
         suffix = "" if kind == "fixed" else "_ragged"
+        ours = sft.ours(model, work, "bf16")
         row = paired(
-            f"gpu_sft_{size}{suffix}", what, sft.ours(model, work, "bf16"), peer,
+            f"gpu_sft_{size}{suffix}", what, ours, peer,
             rounds=setting.rounds, peer_name=sft.PEER, unit="tokens/s", goal=1.5 if kind == "ragged" else None,
         )  # fmt: skip
-        yield with_use(row, model, length)
+        yield with_use(row, ours, model, length)
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -84,11 +89,12 @@ def rows(setting: Setting) -> Iterator[Row]:
         model, asked = setting.load(size), grpo.prompts(count, words)
         peer = grpo.trl(model, asked, group, new, 1, bf16=True, device=setting.device)
         what = f"{setting.words(size)}, {count} prompts of {words} x {group} answers of {new} tokens; bf16 both"
+        ours = grpo.ours(model, asked, group, new, 1, "bf16")
         row = paired(
-            f"gpu_grpo_{size}", what, grpo.ours(model, asked, group, new, 1, "bf16"), peer,
+            f"gpu_grpo_{size}", what, ours, peer,
             rounds=setting.rounds, peer_name=grpo.PEER, unit="ms/step", goal=2.0,
         )  # fmt: skip
-        yield replace(row, peak_mb=with_use(row, model, 0).peak_mb)
+        yield with_use(row, ours, model)
         forget()
         model.use_precision("bf16")
         prompts = make_prompts(model, 4 if setting.quick else 64, 16)

@@ -201,7 +201,7 @@ def folds(group: Group, q: Tensor, window: int | None) -> bool:
     return q.device.type == "cpu" and length <= LONGEST and q.dtype in WIDE and not (group.before and window is not None)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def causal_bias(width: int, keys: int, repeats: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[1, Q * t, s]`: 0 where query i may look at key j, -inf elsewhere; the last t keys are the queries' own; `repeats` is Q."""
     with torch.inference_mode(False):

@@ -132,13 +132,14 @@ class Decoder:
         block = self._layers[layer]
         attention = block.self_attn
         normed = self.norm(block.input_layernorm, x)
-        mixed = self._together(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
-        if mixed is not None and not hasattr(attention, "q_norm"):
+        normed_heads = hasattr(attention, "q_norm")
+        mixed = None if normed_heads else self._together(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
+        if mixed is not None:
             return heads(mixed.view(len(x), -1, self.head_dim), cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
         q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
         k = self.apply(attention.k_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
         v = self.apply(attention.v_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
-        if hasattr(attention, "q_norm"):
+        if normed_heads:
             q, k = self.norm(attention.q_norm, q), self.norm(attention.k_norm, k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -152,7 +153,7 @@ class Decoder:
         if wide is None:
             inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
         else:
-            inner = swiglu(wide)
+            inner = swiglu(wide) if type(mlp.down_proj) is nn.Linear else swiglu(wide).to(x.dtype)
         return x + self.apply(mlp.down_proj, inner)
 
     def _together(self, x: Tensor, modules: Sequence[Any]) -> Tensor | None:

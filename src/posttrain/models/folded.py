@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 LONGEST = 512
 """Keys of a row up to which keeping the probabilities pays, and takes less memory than the rest of a layer."""
@@ -51,6 +52,7 @@ class _Attention(Function):
         return _unfold(torch.bmm(p, values), q.shape[1], kv, q.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         queries, keys, values, p = ctx.saved_tensors
         grad = _fold(grads[0].to(p.dtype), ctx.kv)

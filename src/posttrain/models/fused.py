@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -22,6 +23,7 @@ class _RmsNorm(Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad = grads[0]
@@ -73,6 +75,7 @@ class _Heads(Function):
         return turned[:, :queries], turned[:, queries:], wide[:, queries + kv :]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         grad_q, grad_k, grad_v = grads
@@ -108,6 +111,7 @@ class _Swiglu(Function):
         return functional.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Tensor:
         (wide,) = ctx.saved_tensors
         grad = grads[0]

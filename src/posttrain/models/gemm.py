@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from posttrain.errors import ConfigError, nearest
@@ -50,6 +51,7 @@ class _OneDNN(Function):
         return onednn(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         grad, (needs_x, *needs) = grads[0].contiguous(), ctx.needs_input_grad
@@ -83,7 +85,7 @@ def _narrow(weights: Sequence[Tensor]) -> Tensor:
 
 
 class _BFloat16(Function):
-    """`x [n, I], weights [O, I] -> [n, O1 + O2 + ...]` in bfloat16; sums, and gradients of weights, in float32."""
+    """`x [n, I], weights [O, I] -> [n, O1 + O2 + ...]` in bfloat16, as are all factors; gradients of weights add up in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
@@ -93,6 +95,7 @@ class _BFloat16(Function):
         return functional.linear(narrow, _narrow(weights))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         grad, (needs_x, *needs) = grads[0], ctx.needs_input_grad

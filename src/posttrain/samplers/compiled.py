@@ -50,18 +50,18 @@ def build() -> Path | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if os.environ.get("POSTTRAIN_COMPILE") == "0" or compiler is None:
         return None
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, platform.machine(), _processor())).encode())
-    target = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
     try:
+        key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, platform.machine(), _processor())).encode())
+        target = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+        if target.exists():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder) / target.name
             command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             fresh.replace(target)  # whole or not at all, also where several processes compile at once
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: this user has no home
         return None
     return target
 

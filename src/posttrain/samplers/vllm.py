@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +43,26 @@ from posttrain.types import Sample, Sampling
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
-ARGUMENTS = ("--logprobs-mode", "processed_logprobs", "--enable-prefix-caching")
-"""Log-probabilities at the temperature of the draw, and one prefill for prompts that are alike."""
+ARGUMENTS = ("--logprobs-mode", "processed_logprobs", "--enable-prefix-caching", "--generation-config", "vllm")
+"""Log-probabilities at the temperature of the draw, one prefill for prompts that are alike, and no defaults of the model's."""
+PLAIN = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What a request must say, since the model's own settings would fill it in."""
+MOVED = 0.01
+"""Nats that a canary must have moved here before an answer that did not move there is held against the server."""
 CANARY = 32
 """Tokens whose log-probabilities are compared after every change of weights."""
 TAIL = 1500
 """Characters of the server's log that an error shows."""
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment's is not for this
 
 
 @dataclass
@@ -61,6 +76,8 @@ class Server:
     deadline: float = 900.0
     """Seconds until it must answer."""
     process: subprocess.Popen[bytes] | None = None
+    name: str = ""
+    """What it calls the model."""
 
     @property
     def log(self) -> Path:
@@ -89,7 +106,8 @@ class Server:
                     command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
                 )
         self._wait()
-        served = str(self.ask("/v1/models")["data"][0].get("root") or "")
+        told = self.ask("/v1/models")["data"][0]
+        self.name, served = str(told["id"]), str(told.get("root") or "")
         if Path(served).resolve() != self.folder.resolve():
             line = f"VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder} {' '.join(ARGUMENTS)}"
             raise ConfigError(f"the server at {self.url} serves '{served}', not this run's weights; start it as: {line}")
@@ -99,7 +117,7 @@ class Server:
         while time.monotonic() < until:
             if self.process is not None and self.process.poll() is not None:
                 raise SamplerError(f"the vLLM server ended with status {self.process.returncode}{self.last_words()}")
-            with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+            with contextlib.suppress(OSError, HTTPException), _DIRECT.open(f"{self.url}/health", timeout=5):
                 return
             time.sleep(0.2)
         raise SamplerError(f"the vLLM server at {self.url} did not answer within {self.deadline:.0f} s{self.last_words()}")
@@ -120,13 +138,13 @@ class Server:
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers={"Content-Type": "application/json"})
         for number in range(tries):
             try:
-                with urllib.request.urlopen(request, timeout=self.deadline) as response:
+                with _DIRECT.open(request, timeout=self.deadline) as response:
                     text = response.read()
                 return json.loads(text) if text.strip() else {}
             except urllib.error.HTTPError as error:
                 said = error.read().decode(errors="replace")[:500]
                 raise SamplerError(f"the vLLM server answered {path} with {error.code}: {said}") from None
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 if number == tries - 1 or (self.process is not None and self.process.poll() is not None):
                     raise SamplerError(f"the vLLM server cannot be reached at {path}: {error}{self.last_words()}") from None
                 time.sleep(0.5 * 2**number)
@@ -177,6 +195,8 @@ class VllmSampler:
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.served: int | None = None
         self.server: Server | None = None
+        self.canary: list[int] = []
+        self.told: tuple[list[float], list[float]] | None = None  # of the canary at the last version: there, here
 
     def __enter__(self) -> VllmSampler:
         return self
@@ -188,7 +208,7 @@ class VllmSampler:
         """End the server, where it is ours."""
         if self.server is not None:
             self.server.close()
-            self.server = self.served = None
+            self.server = self.served = self.told = None
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -221,11 +241,15 @@ class VllmSampler:
             except BaseException:
                 server.close()
                 raise
-            self.server = server
-        if self.served is not None or self.url:  # a server of our own has just read them
+            self.server, fresh = server, not self.url
+        else:
+            fresh = False
+        if not fresh:  # a server of our own that has just begun has just read them
             self.server.ask("/collective_rpc", {"method": "reload_weights"})
             self.server.ask("/reset_prefix_cache", {})
-        self._compare(list(canary)[:CANARY])
+        if len(self.canary) < 2:
+            self.canary = list(canary)[:CANARY]
+        self._compare(self.canary)
         self.served = self.policy_version
 
     def _compare(self, tokens: list[int]) -> None:
@@ -242,6 +266,9 @@ class VllmSampler:
             here = Layout.of_rows([tokens], device=self.model.device)
             logp = self.model.logits(self.model.trunk(here).hidden).log_softmax(-1)
         ours = [float(logp[place - 1, tokens[place]]) for place in range(1, len(tokens))]
+        before, self.told = self.told, (theirs, ours)
+        if before is not None and before[0] == theirs and max(abs(a - b) for a, b in zip(before[1], ours, strict=True)) > MOVED:
+            raise SamplerError(f"version {self.policy_version} was sent, and the vLLM server still answers with the one before")
         gap = abs(sum(theirs) - sum(ours)) / len(ours)
         if not gap <= self.tolerance:
             raise SamplerError(
@@ -305,6 +332,7 @@ class VllmSampler:
                 "prompt": list(prompt.tokens),
                 "max_tokens": room,
                 "temperature": 0.0 if sampling.greedy else sampling.temperature,
+                **PLAIN,
                 "seed": int.from_bytes(key[:8], "big") >> 1,
                 "logprobs": 1,
                 "return_token_ids": True,
@@ -317,7 +345,8 @@ class VllmSampler:
         )
 
     def _named(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"model": str(self.weights), **body}
+        assert self.server is not None
+        return {"model": self.server.name, **body}
 
     @staticmethod
     def _choice(answer: Any) -> dict[str, Any]:
