@@ -73,10 +73,10 @@ def real_tokens(setting: Setting) -> Iterator[Row]:
     methods: dict[str, Method] = {"SFT": SFT(), "reward model": BradleyTerry(), "DPO": DPO(), "PPO": PPO(), "GRPO": GRPO()}
     found = {name: shares(setting, method) for name, method in methods.items()}
     rows = "16 ragged rows of 24 to 320 tokens; the peer's are padded to the longest"
-    for place, key, where in ((0, "real_tokens", "linear layers"), (1, "real_tokens_attention", "attention")):
+    for place, key, where in ((0, "real_tokens", "linear layers compute"), (1, "real_tokens_attention", "attention computes")):
         worst = min(found, key=lambda name: found[name][place])
         own, other = 100 * found[worst][place], 100 * found[worst][2]
-        what = f"share of real tokens in what {where} compute, worst of {', '.join(methods)}: {worst}; {rows}"
+        what = f"share of real tokens in what {where}, worst of {', '.join(methods)}: {worst}; {rows}"
         ratio = own / other
         yield Row(key, what, ratio, ratio, ratio, "%", own, other, "padded batches")
 
