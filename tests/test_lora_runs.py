@@ -84,7 +84,11 @@ def test_the_reference_is_the_policy_with_its_adapters_off(precision: Any, small
     assert all(weight.requires_grad for weight in policy.parameters().values())
     plain, _ = load(small_model, device="cpu")
     plain.use_precision(policy.precision)
-    assert torch.equal(logits(plain), before)
+    if precision == "exact":
+        assert torch.equal(logits(plain), before)
+    else:  # without adapters several layers go through one product, which rounds in another order
+        tolerance = {"fast": 1e-5, "bf16": 0.05}[precision]
+        torch.testing.assert_close(logits(plain), before, atol=tolerance, rtol=tolerance)
 
 
 def test_the_reference_of_adapters_that_go_on_is_where_they_started(small_model: Path, tmp_path: Path) -> None:
