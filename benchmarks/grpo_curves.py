@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,13 +32,11 @@ from posttrain.methods import GRPO
 from posttrain.models.gemm import Precision
 from posttrain.models.load import load
 from posttrain.models.model import LanguageModel
+from posttrain.report.statistics import mean_interval, proportion_interval
 from posttrain.samplers import NativeSampler
 from posttrain.step import Stepper
 from posttrain.tasks.word_problems import rows, verify
 from posttrain.types import Sampling, Score
-
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t at 97.5 %, by degrees of freedom."""
 
 
 def judged(text: str, row: dict[str, Any]) -> float:
@@ -130,20 +127,9 @@ def trl(args: argparse.Namespace, seed: int, train: Sequence[dict[str, Any]]) ->
 SIDES = {"ours": partial(ours, precision="exact"), "ours-bf16": partial(ours, precision="bf16"), "trl": trl}
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of `count`."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval over seeds; infinite for one seed."""
-    if len(values) < 2:
-        return values[0], math.inf
-    quantile = T_95.get(len(values) - 1, 1.96)
-    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+def share_of(right: float, count: int) -> str:
+    """A share of `count` with its interval."""
+    return str(proportion_interval(right * count, count))
 
 
 def main() -> None:
@@ -168,7 +154,7 @@ def main() -> None:
     test = rows("test", args.test, level=args.level)
     start, tokenizer = load(args.model)
     before = accuracy(start, tokenizer, test, args.max_tokens)
-    print(f"before: {before:.3f} {wilson(before, len(test))}", flush=True)
+    print(f"before: {share_of(before, len(test))}", flush=True)
     found: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         train = rows("train", args.steps * args.prompts, level=args.level, seed=seed)
@@ -179,13 +165,12 @@ def main() -> None:
             model.use_precision("exact")
             share = accuracy(model, tokenizer, test, args.max_tokens)
             found.append({"side": side, "seed": seed, "accuracy": share, "cpu_seconds": spent, "reward": curve})
-            print(f"seed {seed} {side}: {share:.3f} {wilson(share, len(test))}, {spent:.0f} CPU s", flush=True)
+            print(f"seed {seed} {side}: {share_of(share, len(test))}, {spent:.0f} CPU s", flush=True)
             settings = {name: str(value) for name, value in vars(args).items()}
             results = {"settings": settings, "before": before, "runs": found}
             (args.out / "curves.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for side in args.sides:
-        mean, half = over_seeds([run["accuracy"] for run in found if run["side"] == side])
-        print(f"{side}: {mean:.3f} +- {half:.3f} over {args.seeds} seeds")
+        print(f"{side}: {mean_interval([run['accuracy'] for run in found if run['side'] == side])} over seeds")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,12 @@ from small import demonstrations, lines, small_run
 
 from posttrain.method import Optimizer
 from posttrain.methods import GRPO
+from posttrain.report.statistics import mean_interval
 from posttrain.rewards import Answer, Reward
 from posttrain.run import train
 from posttrain.types import Sampling
 
 SEEDS, STEPS = 5, 60
-T_95 = 2.776
-"""Student's t at 97.5 % with four degrees of freedom."""
 
 
 def share_of_letters(answer: Answer) -> float:
@@ -26,11 +24,6 @@ def share_of_letters(answer: Answer) -> float:
 
 
 LETTERS = Reward("letters", share_of_letters, where="inline")
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    half = T_95 * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
 
 
 @pytest.mark.slow
@@ -48,10 +41,9 @@ def test_fast_modes_learn_as_well_as_the_exact_one(small_model: Path, tmp_path: 
             )  # fmt: skip
             rewards = [row["reward"] for row in lines(out)]
             gains.setdefault(precision, []).append(statistics.mean(rewards[-8:]) - statistics.mean(rewards[:8]))
-    print({name: (statistics.mean(values), over_seeds(values)) for name, values in gains.items()})
-    assert all(over_seeds(values)[0] > 0 for values in gains.values()), "nothing was learnt"
+    found = {name: mean_interval(values) for name, values in gains.items()}
+    print({name: str(interval) for name, interval in found.items()})
+    assert all(interval.low > 0 for interval in found.values()), "nothing was learnt"
     for precision in ("fast", "bf16"):
-        low, high = over_seeds(gains[precision])
-        least, most = over_seeds(gains["exact"])
-        assert low <= most
-        assert least <= high
+        assert found[precision].low <= found["exact"].high
+        assert found["exact"].low <= found[precision].high

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from functools import lru_cache
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -30,11 +29,12 @@ def keep_freed_memory() -> bool:
     Returns:
         True where it was done; False with another C library, or where the environment has settings of its own.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
-        return False
     try:
+        glibc = (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, ValueError):  # another system, whose libraries know none of these
+        return False
+    if not glibc or any(name in os.environ for name in SETTINGS):
         return False
     wanted = ((_MMAP_THRESHOLD, LARGE), (_TRIM_THRESHOLD, KEPT), (_TOP_PAD, STEP))
     taken = [mallopt(name, value) for name, value in wanted]  # older ones refuse the first, and take the others

@@ -330,10 +330,6 @@ def doctor(
     raise typer.Exit(found)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
 @app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: shows that everything runs, measures nothing.")] = False,
@@ -353,6 +349,10 @@ def bench(
 
     setting = Setting(quick=quick, rounds=rounds, model=model, device=device)
     measure(setting, parts=only or (), json_file=json_file)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _shown(numbers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@
     ├── CheckpointError (OSError)       a save that could not be made, or a folder that cannot be trusted
     ├── NumericsError (ArithmeticError) too many non-finite updates: names tensor, sample and layer
     ├── WorldError (RuntimeError)       a rank died or did not arrive in time: names the wait and the ranks
+    ├── SamplerError (RuntimeError)     a sampler in another process failed, or has other weights than the trainer
     ├── RewardError (RuntimeError)      the rewards' infrastructure failed above the allowed rate
     ├── MethodError (RuntimeError)      a method of the user's own file raised: names file, line and function
     └── NotRead (AttributeError)        a method asked for a reading that its views do not declare

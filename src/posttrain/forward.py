@@ -171,11 +171,7 @@ def read(
 
 def _laid_out(batch: Batch, *, shares: bool) -> Layout:
     """The batch's tokens, with common beginnings once where that `shares` enough; worked out once for all views and updates."""
-    of = (batch.tokens, batch.lengths, batch.group)
-    kept = batch.memo.get(("layout", shares))
-    if kept is None or any(one is not other for one, other in zip(kept[0], of, strict=True)):
-        kept = batch.memo["layout", shares] = (of, (shared_layout(batch) if shares else None) or layout(batch))
-    found: Layout = kept[1]
+    found: Layout = batch.kept(("layout", shares), lambda: (shared_layout(batch) if shares else None) or layout(batch))
     return found
 
 

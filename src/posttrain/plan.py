@@ -149,16 +149,9 @@ class Plan:
 
     def evaluation(self, spec: EvaluateSpec) -> Evaluation:
         """What an evaluation of the recipe asks, of any model."""
-        task = self.task("evaluate")
-        return Evaluation(
-            task=task.name,
-            rows=list(task.rows(spec.split, spec.count, spec.seed)),
-            rewards=tuple(task.rewards),
-            verdicts=task.values,
-            split=spec.split,
-            samples=spec.samples,
-            max_tokens=spec.max_tokens or task.max_tokens,
-            seed=self.recipe.seed,
+        rows = (spec.split, spec.count, spec.seed)
+        return _of_task(
+            self.task("evaluate"), rows, samples=spec.samples, max_tokens=spec.max_tokens, seed=self.recipe.seed
         )
 
     # ------------------------------------------------------------------------------------------ before anything runs
@@ -236,13 +229,21 @@ class Plan:
 def validation(task: Any, seed: int, *, count: int = 100) -> Evaluation:
     """What `evaluate_every` watches: greedy answers to questions of the task's validation split, of its last where it has none."""
     split = "validation" if "validation" in task.splits else task.splits[-1]
+    return _of_task(task, (split, count, seed), seed=seed)
+
+
+def _of_task(
+    task: Any, rows: tuple[str, int, int], *, seed: int, samples: int = 0, max_tokens: int | None = None
+) -> Evaluation:
+    """An evaluation by a task's own rewards; `rows` are split, count and seed of its questions."""
     return Evaluation(
         task=task.name,
-        rows=list(task.rows(split, count, seed)),
+        rows=list(task.rows(*rows)),
         rewards=tuple(task.rewards),
         verdicts=task.values,
-        split=split,
-        max_tokens=task.max_tokens,
+        split=rows[0],
+        samples=samples,
+        max_tokens=max_tokens or task.max_tokens,
         seed=seed,
     )
 

@@ -138,7 +138,8 @@ def prepare(
         trains nothing comes back as it is, without readings; no update is to be made of it.
     """
     state = replace(state, groups=group_stats(batch))
-    if not units(batch, method.unit):
+    chosen = units(batch, method.unit)
+    if not chosen:
         return batch, Readings(), state
     once = {
         name: view
@@ -146,13 +147,12 @@ def prepare(
         if view.once and not (on_policy and not view.credit and view.model in method.trains)
     }
     frozen = recall.covers(method, once) if recall is not None else []
-    known = recall.known(frozen, batch) if recall is not None else None
-    left = {name: view for name, view in once.items() if known is None or name not in known}
+    known = (recall.known(frozen, batch) if recall is not None else None) or {}
+    left = {name: view for name, view in once.items() if name not in known}
     seen = _read_once(models, batch, left, method, token_budget, world) if left else Readings()
-    for name in frozen:
-        if known is not None:
-            seen = seen.plus(name, known[name])
-        elif recall is not None:
-            alive = [row for unit in units(batch, method.unit) for row in unit]
-            recall.keep(name, batch, getattr(seen, name).values[logprob.name], alive)
+    for name, values in known.items():
+        seen = seen.plus(name, values)
+    if recall is not None and not known:
+        for name in frozen:
+            recall.keep(name, batch, getattr(seen, name).values[logprob.name], [row for unit in chosen for row in unit])
     return method.credit(batch, seen, state), seen, state

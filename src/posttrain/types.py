@@ -161,7 +161,7 @@ class Batch:
     seed: int = 0
     step: int = 0  # with `seed`, the other half of the randomness key
     training: bool = True  # False in evaluation: noise, smoothing and mixed inputs are off
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # how rows are laid out; see `forward`
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # see `kept`
 
     @property
     def num_rows(self) -> int:
@@ -181,14 +181,20 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ROW_FIELDS}
         return replace(self, **moved, columns={name: value.to(device) for name, value in self.columns.items()}, memo={})
 
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` works out from tokens, lengths and groups alone; made once, while these are the same tensors."""
+        of = (self.tokens, self.lengths, self.group)
+        found = self.memo.get(key)
+        if found is None or any(one is not other for one, other in zip(found[0], of, strict=True)):
+            found = self.memo[key] = (of, make())
+        return found[1]
+
     def rows(self, chosen: Tensor) -> Batch:
         """The rows of `chosen` [b] (int64 or bool), every tensor cut alike; columns ride along."""
-        memo: dict[Any, Any] = self.memo.setdefault(("rows", chosen.dtype, *chosen.tolist()), {})
-        of = (self.tokens, self.lengths, self.group)
-        kept = memo.get("cut")  # the same tensors as last time, so that what is known of their layout holds
-        if kept is None or any(one is not other for one, other in zip(kept[0], of, strict=True)):
-            kept = memo["cut"] = (of, {name: getattr(self, name)[chosen] for name in ("tokens", "lengths", "group")})
-        cut = {name: kept[1][name] if name in kept[1] else getattr(self, name)[chosen] for name in ROW_FIELDS}
+        same = {"tokens", "lengths", "group"}  # cut once, so that what is kept of their layout holds
+        key = ("rows", chosen.dtype, *chosen.tolist())
+        cut, memo = self.kept(key, lambda: ({name: getattr(self, name)[chosen] for name in same}, {}))
+        cut = {**cut, **{name: getattr(self, name)[chosen] for name in ROW_FIELDS if name not in same}}
         return replace(self, **cut, columns={name: value[chosen] for name, value in self.columns.items()}, memo=memo)
 
 

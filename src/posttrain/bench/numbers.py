@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from posttrain import reads
 from posttrain.forward import read
 from posttrain.layout import Layout
@@ -27,16 +29,22 @@ class Watched:
     """Counts what the trunk of a model computes."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.products = self.attended = self.rows = 0  # tokens that go through linear layers, through attention; in attention, real
-        trunk = model.trunk
+        self.products = self.attended = self.real = 0  # a layer: tokens of linear layers, of attention, and real ones
+        decoder, trunk = model.decoder, model.trunk
+        assert decoder is not None
+        qkv = decoder.qkv
 
-        def counted(layout: Layout, **settings: Any) -> Any:
-            self.products += layout.num_tokens
-            self.rows += layout.num_tokens
-            self.attended += sum(group.rows * group.width for group in plan(layout).groups)
+        def multiplied(layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            self.products += len(x)
+            return qkv(layer, x, cos, sin)
+
+        def laid_out(layout: Layout, **settings: Any) -> Any:
+            self.real += model.num_layers * sum(layout.sizes)
+            self.attended += model.num_layers * sum(group.rows * group.width for group in plan(layout).groups)
             return trunk(layout, **settings)
 
-        model.trunk = counted  # type: ignore[method-assign]
+        decoder.qkv = multiplied  # type: ignore[method-assign]
+        model.trunk = laid_out  # type: ignore[method-assign]
 
 
 def ragged_samples(method: Method) -> list[Sample]:
@@ -63,7 +71,7 @@ def shares(setting: Setting, method: Method) -> tuple[float, float, float]:
     samples = ragged_samples(method)
     Engine(models, method).step(samples)
     products, attended = sum(each.products for each in watched), sum(each.attended for each in watched)
-    real = sum(each.rows for each in watched)
+    real = sum(each.real for each in watched)
     lengths = [len(row) for row in samples]
     return real / products, real / attended, sum(lengths) / (len(lengths) * max(lengths))
 

@@ -55,15 +55,6 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The transpose of `turn`."""
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., half:])
-    out[..., half:].addcmul_(x[..., :half], sin[..., :half], value=-1)
-    return out
-
-
 class _Heads(Function):
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, queries: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,8 +72,9 @@ class _Heads(Function):
         grad_q, grad_k, grad_v = grads
         rows, queries, kv, width = cos.shape[0], ctx.queries, grad_k.shape[1], cos.shape[-1]
         grad = torch.empty(rows, queries + 2 * kv, width, dtype=ctx.kind, device=cos.device)
-        grad[:, :queries] = _turned_back(grad_q, cos, sin)
-        grad[:, queries : queries + kv] = _turned_back(grad_k, cos, sin)
+        back = -sin.roll(width // 2, -1)  # the transpose of a rotation is the one back
+        grad[:, :queries] = turn(grad_q, cos, back)
+        grad[:, queries : queries + kv] = turn(grad_k, cos, back)
         grad[:, queries + kv :] = grad_v
         return grad, None, None, None, None
 

@@ -64,10 +64,15 @@ class _OneDNN(Function):
         return grad_x, *grad_weights
 
 
+def _by_onednn(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Can oneDNN multiply these: is it there, and are they float32 on a CPU?"""
+    wide = all(factor.dtype == torch.float32 for factor in (x, *weights))
+    return wide and x.device.type == "cpu" and x.numel() > 0 and has_onednn()
+
+
 def fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same by oneDNN; torch's own product where oneDNN is missing or the tensors are not float32 on a CPU."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if plain or x.numel() == 0 or not has_onednn():
+    if not _by_onednn(x, (weight,)):
         return functional.linear(x, weight, bias)
     out: Tensor = _OneDNN.apply(x.flatten(0, -2).contiguous(), weight.contiguous())
     out = out.view(*x.shape[:-1], weight.shape[0])
@@ -116,8 +121,7 @@ def bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fast_together(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """`fast` for several layers at once."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or any(weight.dtype != torch.float32 for weight in weights)
-    if plain or x.numel() == 0 or not has_onednn():
+    if not _by_onednn(x, weights):
         return functional.linear(x, torch.cat(list(weights)))
     return _OneDNN.apply(x.contiguous(), *weights)  # type: ignore[no-any-return]
 

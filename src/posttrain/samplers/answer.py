@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from posttrain.types import Origin, Sample
+
+
+def refuse_empty(prompts: Sequence[Sample]) -> None:
+    """Refuse prompts from which nothing can be continued.
+
+    Raises:
+        DataError: One has no tokens.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt.tokens:
+            where = f"prompt {number} (group '{prompt.group}')"
+            raise DataError(f"{where} has no tokens; begin it with at least one, such as BOS")
+
+
+def room_behind(length: int, *, max_tokens: int, context: int | None) -> int:
+    """Tokens that an answer to a prompt of `length` tokens may have; 0 where the prompt fills the context."""
+    return max_tokens if context is None else min(max_tokens, max(0, context - length))
 
 
 class StopStrings:
@@ -122,4 +139,4 @@ def extended(
     )
 
 
-__all__ = ["StopStrings", "answer_turn", "extended"]
+__all__ = ["StopStrings", "answer_turn", "extended", "refuse_empty", "room_behind"]

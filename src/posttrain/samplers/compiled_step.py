@@ -20,7 +20,6 @@ from posttrain.types import Sampling
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
-
 LARGEST = 128 * 4096
 """Tokens of the largest vocabulary that `draw` of kernels.c holds."""
 THREADS = 2
@@ -37,13 +36,16 @@ class CompiledStepper(CachedStepper):
         assert self._pieces.fused is not None
         self._kernels, self._fused = found, self._pieces.fused
         self._cos, self._sin = self._cos.contiguous(), self._sin.contiguous()
-        self._norms = [*(layer.norms[0] for layer in self._fused), self._decoder.final_norm]
-        self._kind = torch.bfloat16 if model.precision == "bf16" else torch.float32
+        before, after = zip(*(layer.norms for layer in self._fused), strict=True)
+        self._before, self._after = [*before, self._decoder.final_norm], list(after)
+        self._head_norms = [layer.head_norms for layer in self._fused]
+        kind = self._value_dtype  # of what products get: bfloat16 where their factors are
+        self._narrow = kind == torch.bfloat16
         inner, width = max(layer.inner for layer in self._fused), self._decoder.hidden_size
         self._scratch = torch.empty(max(2 * inner, width, self._limit) + 64)
-        self._normed = torch.empty(slots, width, dtype=self._kind)
-        self._attended = torch.empty(slots, self._decoder.num_heads * self._width, dtype=self._kind)
-        self._inner = torch.empty(slots, inner, dtype=self._kind)
+        self._normed = torch.empty(slots, width, dtype=kind)
+        self._attended = torch.empty(slots, self._decoder.num_heads * self._width, dtype=kind)
+        self._inner = torch.empty(slots, inner, dtype=kind)
         self._weights = torch.empty(0)
 
     @torch.inference_mode()
@@ -53,18 +55,17 @@ class CompiledStepper(CachedStepper):
         if longest > self._columns:
             self._grow(longest)
         x = self._decoder.embed(tokens)  # [B, D]
-        normed = self._add_norm(x, None, 0)
+        normed = self._add_norm(x, None, *self._before[0])
         for number, layer in enumerate(self._fused):
             y = layer.out(self._attend(layer.mix(normed), positions, number))
-            normed = self._add_norm(x, y, number, after=True)
+            normed = self._add_norm(x, y, *self._after[number])
             wide = layer.wide(normed)  # [B, 2 I]
             self._kernels.swiglu(
                 wide.data_ptr(), wide.dtype == torch.bfloat16, self._inner.data_ptr(), self._narrow, rows, layer.inner,
                 self._scratch.data_ptr(),
             )  # fmt: skip
-            normed = self._add_norm(x, layer.down(self._inner[:rows]), number + 1)
-        logits = self._pieces.head(normed)
-        return logits if logits.dtype == torch.float32 else logits.float()
+            normed = self._add_norm(x, layer.down(self._inner[:rows]), *self._before[number + 1])
+        return self._pieces.head(normed)
 
     def draw(self, logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> Drawn:
         """See `draw.draw`, whose results these are to rounding."""
@@ -81,13 +82,8 @@ class CompiledStepper(CachedStepper):
         )  # fmt: skip
         return Drawn(tokens, logprobs, logprobs)
 
-    @property
-    def _narrow(self) -> bool:
-        return self._kind == torch.bfloat16
-
-    def _add_norm(self, x: Tensor, y: Tensor | None, number: int, *, after: bool = False) -> Tensor:
-        """Add `y` to the residual stream, and norm it: before layer `number`, or `after` its attention; `[B, D]`."""
-        weight, eps = self._fused[number].norms[1] if after else self._norms[number]
+    def _add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add `y` to the residual stream, and norm it: `[B, D]`."""
         rows, width = x.shape
         self._kernels.add_norm(
             x.data_ptr(), None if y is None else y.data_ptr(), y is not None and y.dtype == torch.bfloat16, weight.data_ptr(),
@@ -97,11 +93,10 @@ class CompiledStepper(CachedStepper):
 
     def _attend(self, mixed: Tensor, positions: Tensor, number: int) -> Tensor:
         """Keys and values into the cache, and what each query finds there: `[B, H * d]`."""
-        layer, rows = self._fused[number], mixed.shape[0]
-        query, key, eps = layer.head_norms
+        rows, (query, key, eps) = mixed.shape[0], self._head_norms[number]
         self._kernels.attend(
             mixed.data_ptr(), mixed.dtype == torch.bfloat16, self._cos.data_ptr(), self._sin.data_ptr(), positions.data_ptr(),
-            self._keys[number].data_ptr(), self._values[number].data_ptr(), self._value_dtype == torch.bfloat16,
+            self._keys[number].data_ptr(), self._values[number].data_ptr(), self._narrow,
             self._attended.data_ptr(), self._narrow,
             None if query is None else query.data_ptr(), None if key is None else key.data_ptr(), eps,
             rows, self._kv, self._heads, self._width, self._columns, self._decoder.scale, self._windows[number] or 0,

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from posttrain.errors import ConfigError, DataError, NumericsError
+from posttrain.errors import ConfigError, NumericsError
 from posttrain.random import SAMPLER, uniform
-from posttrain.samplers.answer import StopStrings, extended
+from posttrain.samplers.answer import StopStrings, extended, refuse_empty, room_behind
 from posttrain.samplers.cache import CachedStepper, Prefix, RereadingStepper, Stepper
 from posttrain.samplers.compiled_step import CompiledStepper, can_step
 from posttrain.samplers.draw import Drawn, check, draw
@@ -103,10 +103,7 @@ class NativeSampler:
             NumericsError: The model's logits are not finite.
         """
         check(sampling)
-        for number, prompt in enumerate(prompts):
-            if not prompt.tokens:
-                where = f"prompt {number} (group '{prompt.group}')"
-                raise DataError(f"{where} has no tokens; begin it with at least one, such as BOS")
+        refuse_empty(prompts)
         if not prompts:
             return []
         with torch.no_grad(), _without_dropout(self.model):
@@ -156,7 +153,8 @@ class _Call:
         self.done: list[Sample | None] = [None] * len(prompts)
         self.num_done = 0
         self.keys = [tuple(prompt.tokens) for prompt in prompts]
-        self.rooms = [self._room(len(key)) for key in self.keys]
+        most, context = sampling.max_tokens, sampler.context
+        self.rooms = [room_behind(len(key), max_tokens=most, context=context) for key in self.keys]
         self.waiting: deque[int] = deque(self._queue())
         self.left = Counter(self.keys[number] for number in self.waiting)  # rows that still need a prefix
         self.read: dict[tuple[int, ...], Prefix] = {}
@@ -171,11 +169,6 @@ class _Call:
         self.column = BLOCK  # of `uniforms`, for the next draw
         self.stepper = self._stepper()
         self.draw = self.stepper.draw if isinstance(self.stepper, CompiledStepper) else draw
-
-    def _room(self, length: int) -> int:
-        """Tokens that may follow a prompt of `length` tokens."""
-        context = self.sampler.context
-        return self.sampling.max_tokens if context is None else min(self.sampling.max_tokens, max(0, context - length))
 
     def _queue(self) -> list[int]:
         """Numbers of the prompts with room, those with the same tokens side by side; the others are done."""

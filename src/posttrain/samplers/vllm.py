@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.errors import ConfigError, DataError, SamplerError
+from posttrain.errors import ConfigError, SamplerError
 from posttrain.files import atomic_folder
 from posttrain.layout import Layout
-from posttrain.samplers.answer import extended
+from posttrain.samplers.answer import extended, refuse_empty, room_behind
 from posttrain.samplers.draw import check
 from posttrain.types import Sample, Sampling
 
@@ -60,7 +60,6 @@ CANARY = 32
 """Tokens whose log-probabilities are compared after every change of weights."""
 TAIL = 1500
 """Characters of the server's log that an error shows."""
-
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment's is not for this
 
@@ -234,23 +233,24 @@ class VllmSampler:
         if self.served == self.policy_version:
             return
         self._write()
-        if self.server is None:
-            server = Server(self.weights, self.url)
-            try:
-                server.start()
-            except BaseException:
-                server.close()
-                raise
-            self.server, fresh = server, not self.url
-        else:
-            fresh = False
-        if not fresh:  # a server of our own that has just begun has just read them
+        fresh = self.server is None and not self.url  # a server of our own that begins now reads them now
+        self.server = self.server or self._started()
+        if not fresh:
             self.server.ask("/collective_rpc", {"method": "reload_weights"})
             self.server.ask("/reset_prefix_cache", {})
         if len(self.canary) < 2:
             self.canary = list(canary)[:CANARY]
         self._compare(self.canary)
         self.served = self.policy_version
+
+    def _started(self) -> Server:
+        server = Server(self.weights, self.url)
+        try:
+            server.start()
+        except BaseException:
+            server.close()
+            raise
+        return server
 
     def _compare(self, tokens: list[int]) -> None:
         if len(tokens) < 2:
@@ -291,26 +291,20 @@ class VllmSampler:
         check(sampling)
         if sampling.truncated and not sampling.greedy:
             raise ConfigError("top_p and top_k need sampler=native: vLLM tells no log-probabilities before truncation")
-        for number, prompt in enumerate(prompts):
-            if not prompt.tokens:
-                raise DataError(f"prompt {number} (group '{prompt.group}') has no tokens; begin it with at least one")
+        refuse_empty(prompts)
         if not prompts:
             return []
         self.refresh(prompts[0].tokens)
-        done = 0
         answers: list[Sample] = []
         with ThreadPoolExecutor(min(self.concurrent, len(prompts))) as pool:
             for answer in pool.map(lambda prompt: self._answer(prompt, sampling, seed, step), prompts):
                 answers.append(answer)
-                done += 1
                 if self.progress is not None:
-                    self.progress(done, len(prompts))
+                    self.progress(len(answers), len(prompts))
         return answers
 
     def _answer(self, prompt: Sample, sampling: Sampling, seed: int, step: int) -> Sample:
-        room = sampling.max_tokens
-        if self.context is not None:
-            room = min(room, self.context - len(prompt.tokens))
+        room = room_behind(len(prompt.tokens), max_tokens=sampling.max_tokens, context=self.context)
         temperature = 1.0 if sampling.greedy else sampling.temperature
         about = {"temperature": temperature, "policy_version": self.policy_version}
         if room < 1:
