@@ -266,7 +266,7 @@ def test_bad_rows(tmp_path: Path, bad: Any, message: str) -> None:
         ({"prompt": "x", "responses": ["a", "b"], "ranking": [1, 2]}, "the numbers 0 to 1"),
         ({"prompt": "x", "completions": ["a"], "labels": [1, 0]}, "a list of 1 labels"),
         ({"prompt": "x", "completions": [1], "labels": [1]}, "a list of strings"),
-        ({"prompt": "x", "completion": "a", "label": "good"}, "expected true .wanted. or false"),
+        ({"prompt": "x", "completion": "a", "label": "good"}, "expected true .wanted., false .not wanted., or a number"),
         ({"completion": "a", "label": True}, "a text without a prompt"),
         ({"instruction": 1, "output": "a"}, "'instruction' is int 1"),
         ({"question": "x", "answer": []}, "'answer' is list"),
@@ -329,8 +329,10 @@ def test_need() -> None:
         need([{"prompt": PROMPT, "response": "2", "_source": "a:9"}], "demonstrations", "SFT")
     with pytest.raises(DataError, match="no assistant message"):
         need([{"messages": PROMPT}], "demonstrations", "SFT")
-    with pytest.raises(DataError, match="ranked_pairs makes pairs"):
-        need([one({"prompt": "x", "responses": ["a", "b"], "ranking": [1, 0]})], "pairs", "DPO")
+    for kind in ("pairs", "rankings"):
+        need([one({"prompt": "x", "responses": ["a", "b"], "ranking": [1, 0]})], kind, "a method")
+    with pytest.raises(DataError, match=r"PRM learns from worked answers.*steps \+ labels or sample \+ columns, found"):
+        need([one(ROWS[0])], "steps", "PRM")
     with pytest.raises(DataError, match="there are no rows"):
         need([], "prompts", "GRPO")
 

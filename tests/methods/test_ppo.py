@@ -1,13 +1,20 @@
 """PPO by hand: token rewards, advantages, both clips, the adaptive KL weight, and its optimum."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from build import close, make_batch, objective, spread, trained
+from small import lines, small_run
+from test_every_method import Rig, difference
 
 from posttrain.errors import ConfigError
+from posttrain.formulas.advantages import gae, rewards_less_kl, whiten_keeping_mean, whiten_sample
+from posttrain.method import Part
 from posttrain.methods.policy.ppo import PPO, adapted, with_pretraining
+from posttrain.methods.sft.sft import SFT
+from posttrain.run import train
 from posttrain.types import Readings, State
 
 
@@ -31,6 +38,85 @@ def test_credit(padding) -> None:
     close(credited.columns["kl"], [0.2 - 0.1 - 0.5])
     longer = PPO(beta=0.1, lam=1.0).credit(batch, seen, State())
     close(trained(batch, longer.returns - spread(batch, [[0.5, 0.6, 0.7]])), [[0.54, 0.46, 0.35]], 1e-9)
+
+
+def test_rewards_of_tokens_and_advantages_before_whitening() -> None:
+    batch, seen = rollout()
+    rewards = rewards_less_kl(batch.rewards, seen.old.logprob - seen.reference.logprob, batch.mask, beta=0.1)
+    close(trained(batch, rewards), [[-0.02, 0.01, 1.05]], 1e-9)
+    for lam, wanted in ((0.95, [0.500375, 0.4425, 0.35]), (1.0, [0.54, 0.46, 0.35]), (0.0, [0.08, 0.11, 0.35])):
+        advantages, _ = gae(rewards, seen.old_critic.value, batch.mask, lam=lam)
+        close(trained(batch, advantages), [wanted], 1e-9)
+    advantages, _ = gae(rewards, seen.old_critic.value, batch.mask, lam=0.95)
+    close(trained(batch, whiten_sample(advantages, batch.mask)), [[0.915195, 0.152166, -1.067361]])
+
+
+def test_a_shift_of_the_score_decays_towards_the_start() -> None:
+    method, (batch, seen), (other, more) = PPO(beta=0.1), rollout(), rollout(score=4.0)
+    shift = method.credit(other, more, State()).returns - method.credit(batch, seen, State()).returns
+    close(trained(batch, shift), [[2.7075, 2.85, 3.0]], 1e-9)
+
+
+def endless(score: float, *, cut: bool, beta: float = 0.05, method: PPO | None = None) -> float:
+    """The sum of the token rewards of a four-token answer whose k1 to the reference adds up to 12, as its first return."""
+    batch = make_batch([4], rewards=[score]).with_(truncated=torch.tensor([cut]))
+    seen = Readings.of(
+        old={"logprob": spread(batch, [[-1.0] * 4])},
+        reference={"logprob": spread(batch, [[-4.0] * 4])},
+        old_critic={"value": torch.zeros_like(batch.logprobs)},
+    )
+    method = method or PPO(beta=beta, lam=1.0, missing_end=-10.0)
+    return float(method.credit(batch, seen, State()).returns[0, 1])
+
+
+def test_verified_rewards_and_answers_without_an_end() -> None:
+    close([endless(10, cut=False), endless(0, cut=False), endless(10, cut=True)], [9.4, -0.6, -10.6], 1e-9)
+    close([endless(x, cut=cut, beta=0.0) for x, cut in ((10, False), (0, False), (10, True))], [10, 0, -10], 1e-9)
+    close(endless(10, cut=True, method=PPO(beta=0.05, lam=1.0)), 9.4, 1e-9)  # left out, a cut answer keeps what it earned
+
+
+def test_without_values_and_kl_every_token_earns_the_whole_reward() -> None:
+    batch = make_batch([3, 2], rewards=[10.0, 10.0])
+    zero = torch.zeros_like(batch.logprobs)
+    seen = Readings.of(old={"logprob": zero}, old_critic={"value": zero})
+    credited = PPO(beta=0.0, lam=1.0).credit(batch, seen, State())
+    assert (credited.returns[batch.mask] == 10).all()
+    assert (credited.advantages == 0).all()  # all equal: whitened to 0, not to NaN
+
+
+def test_whitened_rewards_keep_their_mean() -> None:
+    batch = make_batch([3, 1], padding=2)
+    rewards = spread(batch, [[1.0, 2.0, 3.0], [6.0]], elsewhere=math.nan)
+    deviation = math.sqrt((4 + 1 + 0 + 9) / 4)
+    found = whiten_keeping_mean(rewards, batch.mask)
+    close(found[batch.mask], [3 - 2 / deviation, 3 - 1 / deviation, 3.0, 3 + 3 / deviation])
+    assert (found[~batch.mask] == 0).all()
+    close(whiten_keeping_mean(torch.full_like(rewards, 2.0), batch.mask)[batch.mask], [2.0] * 4)
+    plain, seen = rollout()
+    credited = PPO(beta=0.1, lam=1.0, whiten_rewards=True).credit(plain, seen, State())
+    raw = torch.tensor([-0.02, 0.01, 1.05], dtype=torch.float64)
+    white = (raw - raw.mean()) / raw.std(correction=0) + raw.mean()
+    close(trained(plain, credited.returns), [[white.sum(), white[1:].sum(), white[2]]])
+
+
+def test_a_shared_critic_costs_the_same_as_a_second_model() -> None:
+    batch, seen = rollout()
+    values = {**seen.old.values, **seen.old_critic.values}
+    shared = Readings.of(old=values, reference=seen.reference.values)
+    one, two = PPO(), PPO(shared_critic=True)
+    credited = one.credit(batch, seen, State())
+    for name in ("advantages", "returns"):
+        close(getattr(two.credit(batch, shared, State()), name), getattr(credited, name), 1e-12)
+    zero = torch.zeros_like(batch.logprobs)
+    now = {"logprob": seen.old.logprob + 0.1, "entropy": zero}
+    value = {"value": spread(batch, [[0.4, 0.9, 0.7]])}
+    before = {"old": seen.old.values, "old_critic": seen.old_critic.values}
+    apart = one.loss(credited, Readings.of(policy=now, critic=value, **before), State())
+    together = two.loss(credited, Readings.of(policy={**now, **value}, old=values), State())
+    for name, found in apart.items():
+        close(torch.nan_to_num(together[name]), torch.nan_to_num(found), 1e-12)
+    assert (one.trains, two.trains) == (("policy", "critic"), ("policy",))
+    assert {view.model for view in two.views().values()} == {"policy", "reference"}
 
 
 def test_a_constant_shift_of_the_score_is_whitened_away_at_lambda_one() -> None:
@@ -90,6 +176,15 @@ def test_first_update_is_reinforce_with_a_baseline() -> None:
         method=PPO(),
     )
     close(gradient, [-0.4, 0.75])  # -A / 2
+
+
+def test_nothing_is_clipped_in_the_first_update() -> None:
+    batch = make_batch([2])
+    batch = batch.with_(advantages=spread(batch, [[0.8, -1.5]])).with_columns(kl=torch.zeros(1, dtype=torch.float64))
+    logprob, zero = spread(batch, [[-1.0, -0.5]]), torch.zeros_like(batch.logprobs)
+    live = {"policy": {"logprob": logprob, "entropy": zero}, "old": {"logprob": logprob}}
+    seen = Readings.of(**live, critic={"value": zero}, old_critic={"value": zero})
+    assert (PPO().loss(batch, seen, State())["clip_fraction"][batch.mask] == 0).all()
 
 
 def test_equal_policy_and_reference_cost_nothing() -> None:
@@ -166,6 +261,27 @@ def test_pretraining_is_one_more_part() -> None:
     assert with_pretraining(PPO(target_kl=6.0, beta=0.2)).begin() == {"ppo/beta": 0.2}  # its KL weight adapts there too
 
 
+@pytest.mark.parametrize("weight", [27.8, 0.0])
+def test_without_signal_the_gradient_is_that_of_the_pretraining_text(weight) -> None:
+    batch = make_batch([3])
+    theta = spread(batch, [[-1.0, -0.4, -2.0]]).requires_grad_()
+    value = spread(batch, [[0.3, 0.2, 0.1]])
+    seen = Readings.of(
+        policy={"logprob": theta, "entropy": torch.zeros_like(value)},
+        old={"logprob": theta.detach()},
+        critic={"value": value},
+        old_critic={"value": value},
+    )
+    credited = batch.with_(returns=value).with_columns(kl=torch.zeros(1, dtype=torch.float64))  # advantages 0, V = ret
+    text = Readings.of(policy={"logprob": theta})
+    parts = with_pretraining(PPO(), weight=weight).parts()
+    costs = {"ppo": objective(PPO(), credited, seen), "ptx": objective(SFT(), batch, text)}
+    total = sum(parts[name].weight_at(State()) * cost for name, cost in costs.items())
+    (gradient,) = torch.autograd.grad(total, theta)
+    (language,) = torch.autograd.grad(objective(SFT(), batch, text), theta)
+    close(gradient, weight * language, 1e-12)
+
+
 def test_views_follow_the_settings() -> None:
     assert "reference" not in PPO(beta=0).views()
     assert not PPO(beta=0).views()["old"].credit
@@ -173,3 +289,19 @@ def test_views_follow_the_settings() -> None:
     assert PPO.trains == ("policy", "critic")
     with pytest.raises(ConfigError, match="target_kl"):
         PPO(beta=0, target_kl=6.0)
+
+
+def test_a_shared_critic_through_the_engine(small_model: Path, tmp_path: Path) -> None:
+    rig = Rig(Part(method=PPO(shared_critic=True, whiten_rewards=True, missing_end=-1.0)))
+    batch = rig.batch()
+    whole = rig.gradient(batch)
+    assert any(float(grad.abs().max()) > 0 for name, grad in whole.items() if "value" in name)
+    for budget in (1, 30):
+        assert difference(whole, rig.gradient(batch, budget=budget)) <= 1e-9
+    assert difference(whole, rig.gradient(batch, on_policy=True)) <= 1e-9
+    train(small_run(PPO(shared_critic=True), small_model, tmp_path / "run", updates=2, samples_per_prompt=1))
+    rows = lines(tmp_path / "run")
+    assert len(rows) == 4
+    assert all(math.isfinite(row["value_loss"]) for row in rows)
+    assert rows[-1]["value"] != rows[0]["value"] == 0.0  # the head starts at zero and learns
+    assert "model.safetensors" in {path.name for path in (tmp_path / "run" / "model").iterdir()}

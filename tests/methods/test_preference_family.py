@@ -9,6 +9,7 @@ import pytest
 import torch
 from build import close, make_batch, objective, spread
 
+from posttrain.errors import ConfigError
 from posttrain.formulas.preferences import logistic, unbiased
 from posttrain.formulas.sequences import sequence_sum
 from posttrain.methods.preference.conservative_dpo import ConservativeDPO
@@ -94,6 +95,38 @@ def test_one_becomes_another() -> None:
     close(scalar(SimPO(beta=2, gamma=0), **equal)[0], scalar(CPO(beta=0.2, alpha=0), **equal)[0], 1e-12)
     close(scalar(CPO(alpha=0))[0], scalar(DPO(), reference=(-7.0, -7.0))[0], 1e-12)
     close(scalar(ORPO(), policy=(-12.0, -24.0))[0], 1.2 + 0.1 * 0.693147)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "alpha", "loss", "weight"),
+    [
+        ((10, 20), 0.05, 0.883382, 0.586618),
+        ((20, 10), 0.05, 0.420055, 0.342990),  # what length explains is not learned
+        ((15, 15), 0.05, 0.620957, 0.462570),
+        ((10, 20), 0.0, 0.620957, 0.462570),
+    ],
+)
+def test_length_changes_the_push(tokens, alpha, loss, weight) -> None:
+    found, gradient = scalar(RDPO(alpha=alpha), tokens=tokens)
+    close(found, loss)
+    close(gradient, [-0.1 * weight, 0.1 * weight])
+
+
+def test_a_flipped_label_flips_the_length_term_too() -> None:
+    close(scalar(RDPO(alpha=0.05, flip=0.1))[0], 0.848382)  # 0.9 softplus(0.35) + 0.1 softplus(-0.35)
+    only_the_margin = 0.9 * math.log1p(math.exp(0.35)) + 0.1 * math.log1p(math.exp(0.15 + 0.5))
+    close(only_the_margin, 0.902049)  # what it would be with the length term as it was
+    close(scalar(RDPO(alpha=0.05, flip=0.0))[0], scalar(RDPO(alpha=0.05))[0], 1e-12)
+    close(scalar(RDPO(alpha=0.0, flip=0.1))[0], scalar(ConservativeDPO(flip=0.1))[0], 1e-12)
+    with pytest.raises(ConfigError, match="flip"):
+        RDPO(flip=0.5)
+
+
+def test_tokens_said_twice_change_sums_and_not_means() -> None:
+    twice = {"policy": (-24.0, -15.0), "reference": (-26.0, -14.5), "tokens": (20, 20)}
+    close(scalar(LengthNormalisedDPO(beta=5), **twice)[0], 0.428701)
+    assert abs(float(scalar(DPO(), **twice)[0].detach()) - 0.620957) > 0.01
+    close(scalar(LengthNormalisedDPO(beta=5), reference=POLICY)[0], 0.693147)
 
 
 def test_minima() -> None:

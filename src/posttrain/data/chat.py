@@ -27,6 +27,7 @@ from posttrain.data.checks import PROMPT_DIFFERS
 from posttrain.data.control import Control, control_tokens
 from posttrain.data.encode import encode, ids_of
 from posttrain.data.placing import Rendering, Rewritten
+from posttrain.data.steps import SEPARATOR, joined, tokens_of_steps
 from posttrain.data.template import PLAIN_TEMPLATE, Message, Span, Template, Tools, parts, strings
 from posttrain.errors import DataError, TemplateError
 from posttrain.types import Origin, Row, Sample
@@ -188,6 +189,26 @@ class Renderer:
         chosen = self.completion(prompt, row["chosen"], tools, row=row)
         return chosen, self.completion(prompt, row["rejected"], tools, row=row)
 
+    def ranking(self, row: Row) -> list[Sample]:
+        """The responses of one row, best first."""
+        for key in ("prompt", "responses", "ranking"):
+            if key not in row:
+                raise DataError(f"a ranking has no '{key}'; expected prompt, responses and ranking, found {sorted(row)}")
+        prompt, tools, responses = row["prompt"], row.get("tools"), row["responses"]
+        return [self.completion(prompt, responses[number], tools, row=row) for number in row["ranking"]]
+
+    def stepped(self, row: Row) -> tuple[Sample, list[int]]:
+        """The worked answer of a row in `steps`, and the place of the token that ends each step.
+
+        Raises:
+            DataError: The steps cannot be told apart in the tokens.
+        """
+        prompt, separator = row["prompt"], row.get("separator", SEPARATOR)
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages, answer = [*before, {"role": "assistant", "content": joined(row)}], len(before)
+        page = self._page(messages, row.get("tools"), {answer})
+        return self._sample(page, {answer}, row), tokens_of_steps(page, answer, row["steps"], separator)
+
     def text(self, raw: str, *, row: Row | None = None) -> Sample:
         """Raw text, all of it trained but the first token, and the eos token at its end."""
         eos = self.tokenizer.eos_token_id
@@ -245,13 +266,17 @@ class Renderer:
         ask: bool = False,
         row: Row | None = None,
     ) -> Sample:
+        return self._sample(self._page(messages, tools, trained, ask=ask), trained, row)
+
+    def _page(self, messages: Sequence[Message], tools: Tools, trained: set[int], *, ask: bool = False) -> Rendering:
+        """The rendered text with its tokens and the place of every content."""
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         self._refuse(messages, tools, trained)
         text = self.template.text(messages, tools, ask=ask)
         spans = self.template.contents(messages, tools, text, ask=ask)
         guarded = [(s.start, s.end, self.control.of(str(messages[s.message].get("role")))) for s in spans]
         self._refuse_unguarded(messages, text, spans)
-        page = Rendering(
+        return Rendering(
             template=self.template,
             control=self.control,
             stops=self.stop_tokens,
@@ -262,6 +287,9 @@ class Renderer:
             encoded=encode(self.tokenizer, text, guarded),
             lead=self._lead,
         )
+
+    def _sample(self, page: Rendering, trained: set[int], row: Row | None) -> Sample:
+        """The tokens of a page, with the answers in `trained` to be trained."""
         answers = page.answers()
         origin, on, trouble = page.origins(), [False] * len(page.encoded.ids), ""
         for answer in answers:

@@ -13,6 +13,7 @@ from posttrain.data.chat import PROMPT_DIFFERS, Renderer
 from posttrain.data.control import Control
 from posttrain.data.template import parts
 from posttrain.errors import DataError, TemplateError
+from posttrain.records import sample_from_json
 from posttrain.types import Row, Sample
 
 if TYPE_CHECKING:
@@ -232,6 +233,8 @@ def _samples(renderer: Renderer, row: Row) -> list[Sample]:
     """Every sample that a row of any format makes."""
     if "chosen" in row and "rejected" in row:
         return list(renderer.pair(row))
+    if "sample" in row:
+        return [sample_from_json(row["sample"])]
     if "responses" in row:
         return [renderer.completion(row["prompt"], response, row.get("tools")) for response in row["responses"]]
     if {"messages", "completion", "text"} & set(row):
@@ -245,7 +248,7 @@ def _some(places: Sequence[str]) -> str:
 
 def _repeated(rows: Sequence[Row]) -> Iterable[Finding]:
     """Rows that occur more than once, and pairs without a difference."""
-    keys = ("messages", "prompt", "completion", "chosen", "rejected", "text", "responses")
+    keys = ("messages", "prompt", "completion", "chosen", "rejected", "text", "responses", "sample", "samples")
     counts = Counter(json.dumps([row.get(key) for key in keys], sort_keys=True, default=str) for row in rows)
     extra = sum(count - 1 for count in counts.values())
     if extra:

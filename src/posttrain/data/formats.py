@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from posttrain.data.steps import as_label, joined
 from posttrain.errors import DataError, nearest
 
-__all__ = ["FORMATS", "RowFormat", "format_of", "need", "normalise", "ranked_pairs"]
+__all__ = ["FORMATS", "RowFormat", "format_of", "labelled", "need", "normalise", "ranked_pairs"]
 
-Kind = Literal["demonstrations", "pairs", "prompts"]
+Kind = Literal["demonstrations", "pairs", "rankings", "steps", "prompts"]
 Messages = list[dict[str, Any]]
 
 _SHAREGPT = {
@@ -199,15 +200,15 @@ def _ranking(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(row: dict[str, Any]) -> dict[str, Any]:
-    """A worked answer in steps, each with a label; the completion is the steps, one a line."""
+    """A worked answer in steps, each with a label; the completion is the steps, with the row's `separator` or a line's end."""
     column = "steps" if "steps" in row else "completions"
+    completion = _answered([{"role": "assistant", "content": joined(row, column)}], column)
     steps, labels = row[column], row["labels"]
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
-        raise DataError(f"'{column}' is {_found(steps)}; expected a list of strings, one a step")
     if not isinstance(labels, list) or len(labels) != len(steps):
         raise DataError(f"'labels' is {_found(labels)}; expected a list of {len(steps)} labels, one a step")
+    for number, label in enumerate(labels):
+        as_label(label, f"step {number}")
     rest = {key: value for key, value in row.items() if key != column}
-    completion = _answered([{"role": "assistant", "content": "\n".join(steps)}], column)
     return {**rest, "prompt": _prompt(row), "completion": completion, "steps": steps, "labels": labels}
 
 
@@ -216,13 +217,13 @@ def _prompt_completion(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labelled_completion(row: dict[str, Any]) -> dict[str, Any]:
-    """A completion that is wanted or not (KTO)."""
+    """A completion that is wanted or not (KTO), or right with some probability (a reward model)."""
     label = row["label"]
     if isinstance(label, str) and label.strip().lower() in ("true", "false", "1", "0"):
         label = label.strip().lower() in ("true", "1")
-    if not isinstance(label, bool) and not (isinstance(label, int | float) and label in (0, 1)):
-        raise DataError(f"'label' is {_found(label)}; expected true (wanted) or false (not wanted)")
-    row = {**row, "label": bool(label)}
+    if not isinstance(label, bool | int | float) or not 0 <= label <= 1:
+        raise DataError(f"'label' is {_found(label)}; expected true (wanted), false (not wanted), or a number from 0 to 1")
+    row = {**row, "label": bool(label) if label in (0, 1) else float(label)}
     if "prompt" in row:
         return _prompt_completion(row)
     whole = row["completion"]
@@ -267,6 +268,13 @@ def _only_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": _prompt(row)}
 
 
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that a policy wrote, as `records.sample_to_json` writes them."""
+    if not isinstance(row["sample"], Mapping) or not {"tokens", "origin", "trained"} <= set(row["sample"]):
+        raise DataError(f"'sample' is {_found(row['sample'])}; expected the record of a sample, with tokens, origin and trained")
+    return row
+
+
 def _text(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row["text"], str):
         raise DataError(f"'text' is {_found(row['text'])}; expected a string")
@@ -287,6 +295,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("prompt and completion", ("prompt", "completion"), _prompt_completion),
     RowFormat("instruction and output", ("instruction", "output"), _instruction),
     RowFormat("question and answer", ("question", "answer"), _question),
+    RowFormat("sample", ("sample",), _sample),
     RowFormat("prompt", ("prompt",), _only_prompt),
     RowFormat("instruction", ("instruction",), _instruction),
     RowFormat("raw text", ("text",), _text),
@@ -366,8 +375,10 @@ def normalise(rows: Sequence[Mapping[str, Any]], *, skip_invalid: bool = False) 
 
 
 _NEEDS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
-    "demonstrations": ("answers to imitate", (("messages",), ("prompt", "completion"), ("text",))),
-    "pairs": ("a better and a worse answer", (("prompt", "chosen", "rejected"),)),
+    "demonstrations": ("answers to imitate", (("messages",), ("prompt", "completion"), ("text",), ("sample",))),
+    "pairs": ("a better and a worse answer", (("prompt", "chosen", "rejected"), ("prompt", "responses", "ranking"))),
+    "rankings": ("several answers and their order", (("prompt", "responses", "ranking"),)),
+    "steps": ("worked answers in steps, each with a label", (("prompt", "steps", "labels"), ("sample", "columns"))),
     "prompts": ("prompts to answer", (("prompt",),)),
 }
 
@@ -392,9 +403,7 @@ def need(rows: Sequence[Mapping[str, Any]], kind: Kind, name: str) -> None:
         if not any(all(row.get(column) is not None for column in choice) for choice in choices):
             columns = [key for key in row if not str(key).startswith("_")]
             hint = ""
-            if kind == "pairs" and "ranking" in row:
-                hint = "; posttrain.data.formats.ranked_pairs makes pairs of rankings"
-            elif kind == "prompts" and "messages" in row:
+            if kind == "prompts" and "messages" in row:
                 hint = "; a conversation becomes a prompt when its last answer moves to 'completion'"
             elif len(columns) > len(set(columns) & {"prompt", "id"}):
                 hint = "; a column under another name is renamed with --map new=old"
@@ -407,13 +416,34 @@ def need(rows: Sequence[Mapping[str, Any]], kind: Kind, name: str) -> None:
 
 
 def ranked_pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every pair of a ranking, the better response chosen: K responses make K (K - 1) / 2 rows of one `id`."""
+    """Every pair of a ranking, the better response chosen: K responses make K (K - 1) / 2 rows of one `id`.
+
+    Where a policy's own samples stand beside the responses, each pair brings the two with their tokens.
+    """
     made = []
     for row in rows:
-        rest = {key: value for key, value in row.items() if key not in ("responses", "ranking")}
-        order = row["ranking"]
+        rest = {key: value for key, value in row.items() if key not in ("responses", "ranking", "samples", "scores")}
+        order, written = row["ranking"], row.get("samples")
         for better in range(len(order)):
             for worse in range(better + 1, len(order)):
-                chosen, rejected = row["responses"][order[better]], row["responses"][order[worse]]
-                made.append({**rest, "chosen": chosen, "rejected": rejected, "ranks": [better, worse]})
+                sides = {"chosen": order[better], "rejected": order[worse]}
+                pair = {**rest, **{side: row["responses"][place] for side, place in sides.items()}, "ranks": [better, worse]}
+                if written is not None:
+                    pair |= {f"{side}_sample": written[place] for side, place in sides.items()}
+                made.append(pair)
+    return made
+
+
+def labelled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Two rows of every pair for methods that learn from labels (KTO): the chosen answer, true, and the rejected one, false.
+
+    As many good as bad ones, so that weights of 1 fit.  Answers that a policy wrote keep their tokens.
+    """
+    sides = {f"{side}{end}" for side in ("chosen", "rejected") for end in ("", "_sample")}
+    made = []
+    for row in rows:
+        rest = {key: value for key, value in row.items() if key not in sides}
+        for side, label in (("chosen", True), ("rejected", False)):
+            written = {"sample": row[f"{side}_sample"]} if f"{side}_sample" in row else {}
+            made.append({**rest, "completion": row[side], **written, "label": label})
     return made

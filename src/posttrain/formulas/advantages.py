@@ -103,6 +103,14 @@ def whiten_sample(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     return _over_spread(centred, variance, masked_mean(values.abs(), mask), eps)
 
 
+def whiten_keeping_mean(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """As `whiten`, with the mean put back: spread 1 about the mean that was there.  `[B, T] -> [B, T]`.
+
+    Source: openai/lm-human-preferences, the whitening of token rewards (`shift_mean=False`).
+    """
+    return torch.where(mask, whiten(values, mask, eps=eps) + masked_mean(values, mask), 0)
+
+
 def score_at_end(score: Tensor, mask: Tensor) -> Tensor:
     """The reward of each row, placed on its last trained token.  `[B], [B, T] -> [B, T]`."""
     return torch.where(last_trained(mask), score.unsqueeze(-1), 0)

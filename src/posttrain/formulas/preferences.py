@@ -6,6 +6,8 @@ Rows of a pair stand together: 2i is the chosen one, 2i + 1 the rejected.  `marg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -14,6 +16,20 @@ from torch.nn.functional import logsigmoid
 def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen and the rejected rows.  `[B, ...] -> [B / 2, ...]` twice."""
     return values[0::2], values[1::2]
+
+
+def best_and_worst(scores: Sequence[float]) -> tuple[int, int] | None:
+    """Numbers of the best and of the worst of several scores, the first of ties; None where they lie within 1e-8.
+
+    Example:
+        >>> best_and_worst([0.25, 0.5, 0.5, 0.0]), best_and_worst([1.0, 1.0])
+        ((1, 3), None)
+
+    Source: CheXalign, arXiv:2410.07025, the public script that makes its pairs.
+    """
+    if not scores or not max(scores) - min(scores) > 1e-8:
+        return None
+    return scores.index(max(scores)), scores.index(min(scores))
 
 
 def logistic(margin: Tensor) -> Tensor:
@@ -47,29 +63,69 @@ def log_odds(logprob: Tensor) -> Tensor:
     return below - torch.log(-torch.expm1(below))
 
 
-def all_pairs(rewards: Tensor) -> Tensor:
+def ranked(values: Tensor, group: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """One value a row as one line a group, in the order of its rows, live rows first.
+
+    Args:
+        values: `[B]`, one a row.
+        group: `[B]`, equal within a group; groups may differ in size.
+        live: `[B]` bool, rows that count.
+
+    Returns:
+        `[G, K]` values, K those of the largest group, 0 where a group has no more, and `[G, K]` bool: where it has.
+    """
+    names, member = torch.unique(group, return_inverse=True)  # [G], [B]
+    own = torch.nn.functional.one_hot(member, len(names)) * live.long().unsqueeze(-1)  # [B, G]
+    place = own.cumsum(0).gather(1, member.unsqueeze(-1)).squeeze(-1) - 1  # [B] among the live rows of its group
+    shape = (len(names), max(1, int(own.sum(0).max())))
+    at = (member[live], place[live])
+    there = torch.zeros(shape, dtype=torch.bool, device=values.device).index_put(at, torch.ones_like(live[live]))
+    return values.new_zeros(shape).index_put(at, values[live]), there
+
+
+def _remaining(rewards: Tensor, there: Tensor | None) -> Tensor:
+    """`logsumexp_{j >= k} r_j` over the entries that are there.  `[..., K] -> [..., K]`."""
+    size = rewards.shape[-1]
+    behind = torch.ones(size, size, dtype=torch.bool, device=rewards.device).triu(1)  # [k, j]: j stands behind k
+    behind = behind if there is None else behind & there.unsqueeze(-2)
+    kept = behind | torch.eye(size, dtype=torch.bool, device=rewards.device)  # never nothing, whose gradient would be NaN
+    return torch.where(kept, rewards.unsqueeze(-2), -torch.inf).logsumexp(-1)
+
+
+def all_pairs(rewards: Tensor, there: Tensor | None = None) -> Tensor:
     """The mean of `logistic(r_i - r_j)` over all pairs i < j of a ranking, best first.  `[..., K] -> [...]`.
+
+    Args:
+        rewards: Best first.
+        there: `[..., K]` bool, which entries are real; the others stand last.  0 where fewer than two are.
 
     Source: InstructGPT, arXiv:2203.02155, equation 1.
     """
     better, worse = torch.triu_indices(rewards.shape[-1], rewards.shape[-1], offset=1, device=rewards.device)
-    return logistic(rewards[..., better] - rewards[..., worse]).mean(-1)
+    cost = logistic(rewards[..., better] - rewards[..., worse])
+    if there is None:
+        return cost.mean(-1)
+    real = there[..., better] & there[..., worse]
+    return torch.where(real, cost, 0).sum(-1) / real.sum(-1).clamp(min=1).to(cost.dtype)
 
 
-def plackett_luce(rewards: Tensor) -> Tensor:
-    """`sum_k [logsumexp_{j >= k} r_j - r_k]` of a ranking, best first.
+def plackett_luce(rewards: Tensor, there: Tensor | None = None) -> Tensor:
+    """`sum_k [logsumexp_{j >= k} r_j - r_k]` of a ranking, best first: minus the log-probability of that order.
 
-    `[..., K] -> [...]`; for K = 2 it is `logistic`.
+    `[..., K] -> [...]`; for K = 2 it is `logistic`.  `there` as in `all_pairs`.
 
     Source: Zhu et al., arXiv:2301.11270, section 4.
     """
-    remaining = rewards.flip(-1).logcumsumexp(-1).flip(-1)
-    return (remaining - rewards).sum(-1)
+    cost = _remaining(rewards, there) - rewards
+    return (cost if there is None else torch.where(there, cost, 0)).sum(-1)
 
 
-def best_of(rewards: Tensor) -> Tensor:
-    """`logsumexp_j r_j - r_0`, the best standing first: the first term of `plackett_luce`.  `[..., K] -> [...]`."""
-    return rewards.logsumexp(-1) - rewards[..., 0]
+def best_of(rewards: Tensor, there: Tensor | None = None) -> Tensor:
+    """`logsumexp_j r_j - r_0`, the best standing first: the first term of `plackett_luce`.  `[..., K] -> [...]`.
+
+    `there` as in `all_pairs`.
+    """
+    return _remaining(rewards, there)[..., 0] - rewards[..., 0]
 
 
 def present_squared_error(predictions: Tensor, ratings: Tensor) -> Tensor:

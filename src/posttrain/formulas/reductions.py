@@ -6,6 +6,7 @@ backward pass.  Rows without a trained token count nowhere.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from posttrain.types import Batch, Reduction
@@ -45,10 +46,33 @@ def constant(length: float) -> Reduction:
     return reduce
 
 
+def sum_of_row_means(rows: float) -> Reduction:
+    """The sum of the token means of `rows` rows: `rows` times `sequence_mean`, whatever the number of rows in an update.
+
+    Weights `[B, T]`, count rows with a trained token over `rows`.
+
+    Source: the KL term of openfeedback/superhf, where `rows` is the size of its minibatches.
+    """
+
+    def reduce(batch: Batch) -> tuple[Tensor, Tensor]:
+        weights, count = sequence_mean(batch)
+        return weights, count / rows
+
+    return reduce
+
+
 def row_mean(batch: Batch) -> tuple[Tensor, Tensor]:
     """One value a row.  Weights `[B]`, count the number of rows with a trained token."""
     live = _live(batch)
     return live, live.sum()
+
+
+def ranking_mean(batch: Batch) -> tuple[Tensor, Tensor]:
+    """One value a group, in rising order of `batch.group`.  Weights `[G]`, count the groups with two rows alive at least."""
+    live = _live(batch)
+    names, member = torch.unique(batch.group, return_inverse=True)  # [G], [B]
+    weights = (live.new_zeros(len(names)).index_add(0, member, live) >= 2).to(live.dtype)
+    return weights, weights.sum()
 
 
 def pair_mean(batch: Batch) -> tuple[Tensor, Tensor]:

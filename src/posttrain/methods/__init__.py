@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from posttrain.method import Method
 
 METHODS: dict[str, str] = {
+    "all_pairs": "reward.rankings:AllPairs",
     "anchored_sft": "sft.asft_anchored:AnchoredSFT",
+    "best_of_k": "reward.rankings:BestOfK",
+    "best_of_n": "policy.best_of_n:BestOfN",
     "bradley_terry": "reward.reward_model:BradleyTerry",
     "cispo": "policy.cispo:CISPO",
     "conservative_dpo": "preference.conservative_dpo:ConservativeDPO",
@@ -41,9 +44,14 @@ METHODS: dict[str, str] = {
     "ipo": "preference.ipo:IPO",
     "kto": "preference.kto:KTO",
     "length_normalised_dpo": "preference.length_normalised_dpo:LengthNormalisedDPO",
+    "online_dpo": "preference.online_dpo:OnlineDPO",
     "orpo": "preference.orpo:ORPO",
     "otr": "sft.otr:OTR",
+    "outcome_reward": "reward.outcome:OutcomeReward",
+    "outcome_reward_last": "reward.outcome:OutcomeRewardLast",
+    "plackett_luce": "reward.rankings:PlackettLuce",
     "ppo": "policy.ppo:PPO",
+    "process_reward": "reward.process:ProcessReward",
     "r_dpo": "preference.r_dpo:RDPO",
     "reinforce_pp": "policy.reinforce_pp:ReinforcePP",
     "reinforce_pp_baseline": "policy.reinforce_pp:ReinforcePPBaseline",
@@ -53,7 +61,9 @@ METHODS: dict[str, str] = {
     "sasr": "hybrid.sasr:SASR",
     "sft": "sft.sft:SFT",
     "simpo": "preference.simpo:SimPO",
+    "spin": "preference.spin:SPIN",
     "sstoken": "sft.sstoken:SsToken",
+    "superhf": "policy.superhf:SuperHF",
 }
 """Name to `family.file:Class`, sorted by name."""
 

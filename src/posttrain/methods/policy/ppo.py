@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain import reads
 from posttrain.errors import ConfigError
-from posttrain.formulas.advantages import gae, rewards_less_kl, whiten
+from posttrain.formulas.advantages import gae, rewards_less_kl, whiten, whiten_keeping_mean
 from posttrain.formulas.divergences import difference
 from posttrain.formulas.ratios import token_ratio
 from posttrain.formulas.reductions import token_mean
@@ -41,7 +41,8 @@ class PPO(Method):
 
     averaged over all tokens.  Rows are prompts; one answer each is enough.  Models: the policy, a `critic` with a
     value head and, where beta is above 0, the `reference`.  The value after the last token is 0, also where an answer
-    was cut. The pretraining mix (PPO-ptx) is `with_pretraining`.  Left out: reward whitening, weight averaging.
+    was cut. The pretraining mix (PPO-ptx) is `with_pretraining`, a critic on the policy's own trunk `shared_critic`.
+    Left out: weight averaging.
 
     Source: "Training language models to follow instructions with human feedback", arXiv:2203.02155, equation 2 and
     appendix C.4; lambda, value clip, vf and the adaptive KL from openai/lm-human-preferences, which the paper builds
@@ -65,6 +66,12 @@ class PPO(Method):
     """Discount of later rewards, in [0, 1]."""
     lam: float = 0.95
     """Decay of the advantage estimate (lambda), in [0, 1]; at 1 the return less the value."""
+    whiten_rewards: bool = False
+    """Bring token rewards, KL included, to spread 1 about their mean before the advantages (openai/lm-human-preferences does)."""
+    missing_end: float | None = None
+    """Reward of an answer that was cut at the limit, in place of what it earned: -10 in Tulu 3; left out, it keeps its own."""
+    shared_critic: bool = False
+    """Read values from a head on the policy's own trunk, which the value loss then shapes too: one model fewer, and `vf` counts."""
     target_kl: float = 0.0
     """KL an answer that the weight adapts to, in nats; 0 keeps the weight fixed."""
     horizon: float = 10000.0
@@ -78,15 +85,24 @@ class PPO(Method):
             raise ConfigError(f"beta {self.beta}, target_kl {self.target_kl}, horizon {self.horizon}; expected >= 0, >= 0, > 0")
         if self.target_kl and not self.beta:
             raise ConfigError("target_kl adapts beta, which is 0 and would stay 0; set beta above 0 or leave target_kl out")
+        if self.shared_critic:
+            object.__setattr__(self, "trains", ("policy",))  # the one class attribute that a setting decides
 
     def views(self) -> dict[str, View]:
         """Policy and critic, before the first update and at every one; the reference where beta is above 0."""
-        views = {
-            "old": View(reads=(reads.logprob,), once=True, credit=self.beta > 0),
-            "old_critic": View("critic", (reads.value,), once=True),
-            "policy": View(reads=(reads.logprob, reads.watched_entropy)),
-            "critic": View("critic", (reads.value,)),
-        }
+        live = (reads.logprob, reads.watched_entropy)
+        if self.shared_critic:
+            views = {
+                "old": View(reads=(reads.logprob, reads.value), once=True),
+                "policy": View(reads=(*live, reads.value)),
+            }
+        else:
+            views = {
+                "old": View(reads=(reads.logprob,), once=True, credit=self.beta > 0),
+                "old_critic": View("critic", (reads.value,), once=True),
+                "policy": View(reads=live),
+                "critic": View("critic", (reads.value,)),
+            }
         return {**views, "reference": View("reference", (reads.logprob,), once=True)} if self.beta > 0 else views
 
     def beta_at(self, state: State) -> float:
@@ -98,8 +114,13 @@ class PPO(Method):
         kl = torch.zeros_like(batch.logprobs)
         if self.beta > 0:
             kl = difference(seen.old.logprob, seen.reference.logprob, batch.mask)
-        rewards = rewards_less_kl(batch.rewards, kl, batch.mask, beta=self.beta_at(state))
-        values = seen.old_critic.value.to(rewards.dtype)
+        score = batch.rewards
+        if self.missing_end is not None:
+            score = torch.where(batch.truncated, self.missing_end, score)
+        rewards = rewards_less_kl(score, kl, batch.mask, beta=self.beta_at(state))
+        if self.whiten_rewards:
+            rewards = whiten_keeping_mean(rewards, batch.mask)
+        values = (seen.old if self.shared_critic else seen.old_critic).value.to(rewards.dtype)
         advantages, returns = gae(rewards, values, batch.mask, gamma=self.gamma, lam=self.lam)
         whitened = whiten(advantages, batch.mask)
         return batch.with_(advantages=whitened, returns=returns).with_columns(kl=sequence_sum(kl, batch.mask))
@@ -112,7 +133,8 @@ class PPO(Method):
         """`[B, T]`: surrogate and value loss of each token."""
         ratio = token_ratio(seen.policy.logprob, seen.old.logprob, batch.mask)
         low, high = self.clip_low, self.clip_high
-        value, old = seen.critic.value, seen.old_critic.value
+        critic, old_critic = (seen.policy, seen.old) if self.shared_critic else (seen.critic, seen.old_critic)
+        value, old = critic.value, old_critic.value
         return {
             "loss": clipped(ratio, batch.advantages, low=low, high=high),
             "value_loss": clipped_value_loss(value, old, batch.returns, clip=self.value_clip),

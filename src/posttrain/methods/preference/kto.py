@@ -75,6 +75,9 @@ class KTO(Method):
         """The rows as they stand, then each prompt with the next row's answer."""
         if any("label" not in row for row in rows):
             raise DataError("KTO needs rows with a 'label' (true: good, false: bad); this one has none")
+        soft = next((row["label"] for row in rows if row["label"] not in (0, 1)), None)
+        if soft is not None:
+            raise DataError(f"KTO needs labels that are true or false; found {soft!r}: decide which side it is on")
         samples = writer.replay(rows)
         labels = [float(bool(row["label"])) for row in rows]
         real = [s.with_(columns={**s.columns, "good": g, "real": 1.0}) for s, g in zip(samples, labels, strict=True)]

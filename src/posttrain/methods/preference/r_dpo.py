@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from posttrain.errors import ConfigError
-from posttrain.formulas.preferences import logistic, pairs
+from posttrain.formulas.preferences import pairs, smoothed
 from posttrain.formulas.reductions import pair_mean
 from posttrain.formulas.sequences import sequence_length, sequence_sum
 from posttrain.method import Method
@@ -35,10 +35,12 @@ class RDPO(Method):
     """Weight of the implicit KL to the reference; higher keeps the policy nearer."""
     alpha: float = 0.05
     """Log-odds that a token more is taken to bring; 0 is DPO."""
+    flip: float = 0.0
+    """Share of pairs whose label is taken to be wrong, in [0, 0.5): the whole argument is flipped, length term included."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ConfigError(f"beta is {self.beta}; expected a number > 0")
+        if self.beta <= 0 or not 0 <= self.flip < 0.5:
+            raise ConfigError(f"beta is {self.beta} and flip {self.flip}; expected beta > 0 and flip in [0, 0.5)")
 
     def views(self) -> dict[str, View]:
         """The policy at every step, the reference once."""
@@ -53,5 +55,5 @@ class RDPO(Method):
         reward = self.beta * sequence_sum(seen.policy.logprob - seen.reference.logprob, batch.mask)  # [B]
         chosen, rejected = pairs(reward)  # [B / 2] each
         more, fewer = pairs(sequence_length(batch.mask, like=reward))
-        loss = logistic(chosen - rejected + self.alpha * (more - fewer))
+        loss = smoothed(chosen - rejected + self.alpha * (more - fewer), 1 - self.flip)
         return {"loss": loss, **pair_metrics(reward, seen.policy.logprob, batch.mask)}

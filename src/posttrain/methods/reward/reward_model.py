@@ -25,8 +25,8 @@ class BradleyTerry(Method):
 
     Rows come in pairs: row 2i is chosen, row 2i + 1 rejected; the reward is read at the last token of each row, from
     the model's reward head.  A row's columns may bring `margin` (m, default 0) and `preference` (p, default 1: the
-    share of judges that prefer the chosen one); a pair's columns are read on its chosen row. Rankings of K answers:
-    `formulas.preferences.all_pairs` and `plackett_luce`.
+    share of judges that prefer the chosen one); a pair's columns are read on its chosen row.  A row that ranks K answers
+    brings all K (K - 1) / 2 pairs, and each answer is read K - 1 times; `all_pairs` reads it once.
 
     Source: "Training language models to follow instructions with human feedback", arXiv:2203.02155, equation 1;
     margin from Llama 2, arXiv:2307.09288, equation 2; centring from "Helping or Herding?", arXiv:2312.09244.
