@@ -63,6 +63,33 @@ def pairs(count: int = 8) -> list[dict[str, Any]]:
     return [{"id": r["id"], "prompt": r["prompt"], "chosen": r["completion"], "rejected": assistant("No idea.")} for r in rows]
 
 
+def rankings(count: int = 8) -> list[dict[str, Any]]:
+    """Sums with three or four answers and their order."""
+    answers = [assistant("No idea."), assistant("Well."), assistant("Perhaps it is 7.")]
+    return [
+        {
+            "id": r["id"],
+            "prompt": r["prompt"],
+            "responses": [*answers[: 2 + i % 2], r["completion"]],
+            "ranking": [2 + i % 2, 1, 0, *([2] * (i % 2))],
+        }
+        for i, r in enumerate(demonstrations(count))
+    ]
+
+
+def stepped(count: int = 8) -> list[dict[str, Any]]:
+    """Sums in three steps, of which some are wrong and one has no label."""
+    return [
+        {
+            "id": f"steps-{i}",
+            "prompt": user(f"What is {i} + 1?"),
+            "steps": [f"I have {i}.", "I add 1.", f"It is {i + 1}."],
+            "labels": [1, None if i == 3 else i % 2, 0.5],
+        }
+        for i in range(count)
+    ]
+
+
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as a file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -99,7 +126,7 @@ UNLESS_HARD = Reward("unless_hard", unless_hard, where="inline")
 def small_run(method: Method, model: Path, out: Path, **changes: Any) -> Run:
     """Four steps of two rows; methods that sample write four answers of at most eight tokens and are judged by `parity`."""
     sampled = any(part.method.rows == "prompts" for part in method.parts().values())
-    data = pairs() if method.rows == "pairs" else demonstrations()
+    data = {"pairs": pairs, "rankings": rankings, "steps": stepped}.get(method.rows, demonstrations)()
     settings: dict[str, Any] = {
         "method": method,
         "model": model,

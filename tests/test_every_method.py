@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from posttrain import reads
+from posttrain.data.steps import step_columns
 from posttrain.distributed.world import World
 from posttrain.forward import read
 from posttrain.method import Method, Part
-from posttrain.methods import METHODS, info, method
+from posttrain.methods import METHODS, OutcomeReward, OutcomeRewardLast, info, method
 from posttrain.models.gemm import Precision
 from posttrain.models.random import random_model
 from posttrain.pack import pack, units
@@ -36,13 +37,13 @@ def the_part(label: str) -> Part:
 
 
 def samples_for(kind: Method, *, seed: int = 0, groups: int = 3, each: int = 4) -> list[Sample]:
-    """Random rows of ragged lengths: groups of answers with differing rewards, pairs, or demonstrations."""
+    """Random rows of ragged lengths: groups of answers with differing rewards, rankings, pairs, or demonstrations."""
     draw = torch.Generator().manual_seed(seed)
-    size = {"prompts": each, "pairs": 2, "demonstrations": 1}[kind.rows]
+    size = {"prompts": each, "rankings": each, "pairs": 2, "demonstrations": 1, "steps": 1}[kind.rows]
     out = []
     for group in range(groups if size > 1 else groups * each):
         prompt = torch.randint(3, 61, (int(torch.randint(2, 6, (), generator=draw)),), generator=draw).tolist()
-        for member in range(size):
+        for member in range(size - group % 3 if kind.rows == "rankings" else size):  # rankings differ in length: 4, 3, 2
             answer = torch.randint(3, 61, (int(torch.randint(2, 9, (), generator=draw)),), generator=draw).tolist()
             tokens = prompt + answer
             written = [0.0] * len(prompt) + (-3 - torch.rand(len(answer), generator=draw)).tolist()
@@ -64,7 +65,12 @@ def samples_for(kind: Method, *, seed: int = 0, groups: int = 3, each: int = 4) 
 
 
 def kind_columns(kind: Method, length: int, number: int) -> dict[str, Any]:
-    """Columns that a method's data must bring (none of them does by default)."""
+    """Columns that a method's data must bring: labels of whole answers, or of steps that end at every third token."""
+    if kind.rows == "steps":
+        ends = range(length - 1 - number % 2, 0, -3)
+        return step_columns(length, ends, [[1.0, 0.25, 0.0, None][(number + t) % 4] for t in ends])
+    if isinstance(kind, OutcomeReward | OutcomeRewardLast):
+        return {"label": [1.0, 0.0, 0.7, math.nan][number % 4]}
     return {}
 
 
@@ -168,16 +174,20 @@ def test_gradient_does_not_depend_on_padding(rig: Rig) -> None:
     for name in ("tokens", "mask", "origin", "turn", "logprobs", "sampled_logprobs", "advantages", "returns"):
         value = getattr(batch, name)
         wider[name] = torch.cat([value, torch.ones_like(value[:, :5]) if name == "tokens" else torch.zeros_like(value[:, :5])], 1)
-    assert difference(whole, rig.gradient(batch.with_(**wider))) <= TOLERANCE
+    columns = {
+        name: torch.cat([value, torch.full_like(value[:, :5], 1.0)], 1) if value.ndim == 2 else value
+        for name, value in batch.columns.items()
+    }
+    assert difference(whole, rig.gradient(batch.with_(**wider, columns=columns))) <= TOLERANCE
 
 
 def test_gradient_does_not_depend_on_the_order_of_rows(rig: Rig) -> None:
     batch = rig.batch()
     whole = rig.gradient(batch)
-    size = {"row": 1, "pair": 2, "group": 4}[rig.method.unit]
-    number = batch.num_rows // size
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(1))
-    rows = (order[:, None] * size + torch.arange(size)).flatten()
+    together = units(batch, rig.method.unit)
+    order = torch.randperm(len(together), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = torch.tensor([row for number in order for row in together[number]])
+    assert len(rows) == batch.num_rows
     assert difference(whole, rig.gradient(batch.rows(rows))) <= TOLERANCE
 
 
@@ -213,7 +223,10 @@ def test_nothing_at_a_masked_position_matters(rig: Rig) -> None:
     batch = rig.batch()
     whole = rig.gradient(batch)
     noise = torch.where(batch.mask, batch.logprobs, torch.full_like(batch.logprobs, 1e30))
-    changed = batch.with_(logprobs=noise, sampled_logprobs=torch.where(batch.mask, batch.sampled_logprobs, math.nan))
+    columns = {name: torch.where(batch.mask, v, 0.0) if v.ndim == 2 else v for name, v in batch.columns.items()}
+    changed = batch.with_(
+        logprobs=noise, sampled_logprobs=torch.where(batch.mask, batch.sampled_logprobs, math.nan), columns=columns
+    )
     assert difference(whole, rig.gradient(changed)) == 0
     ready = rig.ready(batch)
     bad = torch.where(ready.batch.mask, ready.batch.advantages, math.nan)
@@ -283,14 +296,22 @@ def test_fast_modes_do_not_depend_on_cuts(rig: Rig, precision: Precision) -> Non
 
 
 def goal(rig: Rig, batch: Batch) -> float:
-    """What a method is for, as one number that rises: answers weighed by advantage, demonstrations, or chosen over rejected."""
+    """What a method is for, as one number that rises: answers weighed by advantage, demonstrations, chosen over rejected,
+    right over wrong."""
     values = "reward" if "reward" in rig.models["policy"].heads else "logprob"
+    if "step_label" in batch.columns or "label" in batch.columns:
+        seen = read(rig.models, batch, {"policy": View(reads=(reads.token_reward,), once=True)}).policy.token_reward
+        label = batch.columns["step_label"] if "step_label" in batch.columns else batch.columns["label"].unsqueeze(-1)
+        return float(torch.where(batch.mask, seen * (label - 0.5), 0).sum())
     view = View(reads=(reads.reward if values == "reward" else reads.logprob,), once=True)
     seen = getattr(read(rig.models, batch, {"policy": view}).policy, values)
     rows = seen if seen.ndim == 1 else None
     if rig.method.rows == "pairs":
         rows = torch.where(batch.mask, seen, 0).sum(-1) if rows is None else rows
         return float((rows[0::2] - rows[1::2]).sum())
+    if rig.method.rows == "rankings":  # the best of each group over the others
+        groups = [rows[batch.group == group] for group in batch.group.unique()]
+        return float(sum(group[0] - group[1:].mean() for group in groups))
     weights = next(iter(rig.method.terms(rig.state).values())).reduce(batch)[0]
     weights = weights.unsqueeze(-1) if weights.ndim == 1 else weights
     advantage = batch.advantages if rig.method.rows == "prompts" else torch.ones_like(batch.advantages)

@@ -185,7 +185,7 @@ def sampling(small_model: Path, tmp_path: Path) -> dict[str, Any]:
                 "sample": "answers",
                 "data": {"file": str(path)},
                 "samples": 2,
-                "keep": "passed",
+                "method": {"keep": "passed"},
                 "rewards": [f"{tmp_path / 'mine.py'}:seldom"],
                 "run": {"sampling": {"max_tokens": 5}},
             },
@@ -209,16 +209,16 @@ def test_what_passed_is_imitated(sampling: dict[str, Any], small_model: Path, tm
 
 def test_nothing_that_passed_is_said(sampling: dict[str, Any], tmp_path: Path) -> None:
     sampling["stages"][0]["rewards"] = [f"{tmp_path / 'mine.py'}:never"]
-    with pytest.raises(DataError, match=r"imitate.*'write' kept no sample"):
+    with pytest.raises(DataError, match=r"imitate: stage 'write' gave no rows; it kept no sample"):
         make(sampling, tmp_path / "out")
 
 
 def test_without_rewards_all_is_kept(sampling: dict[str, Any], tmp_path: Path) -> None:
     stage = sampling["stages"][0]
     del stage["rewards"]
-    with pytest.raises(ConfigError, match="keeps 'passed' and has no rewards"):
+    with pytest.raises(ConfigError, match="'answers' has no rewards; name some"):
         make(sampling, tmp_path / "out")
-    stage["keep"] = "all"
+    stage["method"] = {"keep": "all"}
     stage["run"]["stpes"] = 2
     with pytest.raises(ConfigError, match=r"does not read run\.stpes"):
         make(sampling, tmp_path / "out")
@@ -229,7 +229,7 @@ def test_without_rewards_all_is_kept(sampling: dict[str, Any], tmp_path: Path) -
 
 
 def test_the_best_of_each_prompt(sampling: dict[str, Any], tmp_path: Path) -> None:
-    sampling["stages"][0] |= {"keep": "best", "samples": 3}
+    sampling["stages"][0] |= {"method": {"keep": "best"}, "samples": 3}
     del sampling["stages"][1]
     make(sampling, tmp_path / "out")
     rows = [json.loads(line)["sample"] for line in (tmp_path / "out/write/rows/rows.jsonl").read_text().splitlines()]
@@ -325,7 +325,7 @@ SAMPLE = {"name": "write", "sample": "answers", "data": {"split": "train", "coun
         (lambda t: t["stages"][1].update(models={"reference": "./none/at/all"}), "none/at/all is not a folder"),
         (lambda t: t["evaluate"][0].update(split="tset"), "'tset'.*'test'"),
         (lambda t: t["stages"].append({**SAMPLE, "run": {"a": 1}}), "run.a"),
-        (lambda t: t["stages"].append({**SAMPLE, "keep": "al"}), "'al'.*'all'"),
+        (lambda t: t["stages"].append({**SAMPLE, "sample": "anwsers"}), "'anwsers'.*answers"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first(

@@ -15,7 +15,7 @@ from small import UNLESS_HARD, demonstrations, jsonl, lines, same, small_run, we
 from posttrain.errors import CheckpointError
 from posttrain.lock import run_lock
 from posttrain.method import Method
-from posttrain.methods import DPO, GRPO, PPO, SASR, SFT, ReLIFT
+from posttrain.methods import DPO, GRPO, PPO, SASR, SFT, PlackettLuce, ProcessReward, ReLIFT
 from posttrain.run import Result, train
 from posttrain.session import Session
 from posttrain.state import load_state
@@ -29,6 +29,8 @@ METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
         ReLIFT(buffer_size=2, max_tokens=8, study_lr=1e-2),
         {"rewards": (UNLESS_HARD,), "steps": 5, "samples_per_prompt": 2},
     ),
+    "plackett_luce": (PlackettLuce(), {}),
+    "process_reward": (ProcessReward(), {}),
     "sasr": (SASR(warmup=2, warmup_norms=2), {"steps": 6}),
 }
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import nan
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import ConfigError
+from posttrain.data.formats import ranked_pairs
+from posttrain.data.steps import label_column, step_columns
+from posttrain.errors import ConfigError, DataError
 from posttrain.records import sample_from_json, sample_to_json
 from posttrain.types import Origin, Row, Sample, Sampler, Sampling
 
@@ -30,8 +33,15 @@ def row_identity(row: Row, number: int) -> str:
 
 def _info(row: Row) -> dict[str, Any]:
     """What rewards and reports need of a row beside its messages."""
-    skipped = {"messages", "prompt", "completion", "chosen", "rejected", "tools", "sample", "columns"}
+    skipped = {"messages", "prompt", "completion", "chosen", "rejected", "responses", "tools", "sample", "columns"}
+    skipped |= {"chosen_sample", "rejected_sample", "ranking", "scores", "samples"}
     return {key: value for key, value in row.items() if key not in skipped}
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    """The row's named values; null, which is no value, becomes NaN."""
+    given = row.get("columns", {})
+    return {name: [nan if v is None else v for v in value] if isinstance(value, list) else value for name, value in given.items()}
 
 
 @dataclass
@@ -69,7 +79,7 @@ class Desk:
         began = time.perf_counter()
         samples = []
         for number, row in enumerate(rows):
-            name, columns = row_identity(row, number), dict(row.get("columns", {}))
+            name, columns = row_identity(row, number), _columns(row)
             for sample in self.demonstrations(row):
                 samples.append(
                     replace(
@@ -83,10 +93,26 @@ class Desk:
         self._spent("render", began)
         return self._number(samples)
 
+    def pair(self, row: Row) -> list[Sample]:
+        """Chosen and rejected of one row; what a policy wrote before (`chosen_sample`, `rejected_sample`) keeps its very tokens."""
+        if "ranking" in row and "chosen" not in row:  # every pair of a ranking
+            return [sample for one in ranked_pairs([row]) for sample in self.pair(one)]
+        if "chosen_sample" not in row and "rejected_sample" not in row:
+            return list(self.renderer.pair(row))
+        written = {side: row.get(f"{side}_sample") for side in ("chosen", "rejected")}
+        return [
+            as_demonstration(sample_from_json(record))
+            if record is not None
+            else self.renderer.completion(row["prompt"], row[side], row.get("tools"), row=row)
+            for side, record in written.items()
+        ]
+
     def replay_or_prompts(self, rows: Sequence[Row]) -> list[Sample]:
         """Rows as they would be trained on, whatever they hold: pairs, demonstrations, or prompts."""
-        if all("chosen" in row for row in rows):
+        if all("chosen" in row or "chosen_sample" in row for row in rows):
             return self.pairs(rows)
+        if all("responses" in row and "ranking" in row for row in rows):
+            return self.rankings(rows)
         imitated = all(any(key in row for key in ("messages", "completion", "text", "sample")) for row in rows)
         return self.replay(rows) if imitated else self.prompts(rows, 1)
 
@@ -95,8 +121,8 @@ class Desk:
         began = time.perf_counter()
         samples = []
         for number, row in enumerate(rows):
-            name, columns = row_identity(row, number), dict(row.get("columns", {}))
-            for sample in self.renderer.pair(row):
+            name, columns = row_identity(row, number), _columns(row)
+            for sample in self.pair(row):
                 samples.append(
                     replace(
                         sample,
@@ -109,14 +135,47 @@ class Desk:
         self._spent("render", began)
         return self._number(samples)
 
+    def rankings(self, rows: Sequence[Row]) -> list[Sample]:
+        """All responses of a row as one group, best first; those that a policy wrote before (`samples`) keep their very tokens."""
+        began = time.perf_counter()
+        samples = []
+        for number, row in enumerate(rows):
+            name, columns = row_identity(row, number), _columns(row)
+            written = [as_demonstration(sample_from_json(row["samples"][place])) for place in row["ranking"]] if "samples" in row else []
+            for sample in written or self.renderer.ranking(row):
+                info = {**sample.info, **_info(row)}
+                samples.append(replace(sample, group=f"{self.step}/{number}", query=name, info=info, columns=columns))
+        self._spent("render", began)
+        return self._number(samples)
+
+    def steps(self, rows: Sequence[Row]) -> list[Sample]:
+        """Worked answers with the columns `step_end` and `step_label`, `[T]`; one sample a row."""
+        began = time.perf_counter()
+        samples = []
+        for number, row in enumerate(rows):
+            name, columns = row_identity(row, number), _columns(row)
+            try:
+                if "step_label" in columns and "sample" in row:
+                    sample = as_demonstration(sample_from_json(row["sample"]))
+                    columns |= label_column(columns, len(sample))
+                else:
+                    sample, ends = self.renderer.stepped(row)
+                    columns |= step_columns(len(sample), ends, row["labels"])
+            except DataError as cause:
+                raise DataError(f"{name}: {cause}") from cause
+            info = {**sample.info, **_info(row)}
+            samples.append(replace(sample, group=f"{self.step}/{number}", query=name, info=info, columns=columns))
+        self._spent("render", began)
+        return self._number(samples)
+
     def prompts(self, rows: Sequence[Row], copies: int) -> list[Sample]:
         """Prompts ready to be continued, `copies` of each standing together as a group."""
         began = time.perf_counter()
         prompts = []
         for number, row in enumerate(rows):
             prompt = self.renderer.prompt(row["prompt"], row.get("tools"))
-            prompt = replace(prompt, group=f"{self.step}/{number}", query=row_identity(row, number), info=_info(row))
-            prompts += [prompt] * copies
+            prompt = replace(prompt, group=f"{self.step}/{number}", query=row_identity(row, number))
+            prompts += [replace(prompt, info={**_info(row), "prompt": row["prompt"]})] * copies
         self._spent("render", began)
         return self._number(prompts)
 

@@ -215,6 +215,10 @@ def _read_view(
             values[quantity.name] = trained.scatter(value)
     for quantity in by_source.get("hidden", []):
         values[quantity.name] = trained.scatter(quantity.fn(model, before, at))
+    if reads := by_source.get("after"):
+        own = trunk.hidden[lay.at(trained.row, trained.position)]  # [N, D] -> [n, D]
+        for quantity in reads:
+            values[quantity.name] = trained.scatter(quantity.fn(model, own, at))
     for quantity in by_source.get("row", []):
         values[quantity.name] = quantity.fn(model, trunk.hidden, lay.ends)
     for quantity in by_source.get("attention", []):

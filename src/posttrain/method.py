@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Method:
     """The base of every method.  Concrete methods are final frozen dataclasses and override what they need."""
 
-    rows: ClassVar[Literal["demonstrations", "pairs", "prompts"]] = "demonstrations"
-    """What a row of data must hold: a completion to imitate, chosen and rejected, or a prompt with what rewards need."""
+    rows: ClassVar[Literal["demonstrations", "pairs", "rankings", "steps", "prompts"]] = "demonstrations"
+    """What a row of data must hold: a completion to imitate, chosen and rejected, responses with their ranking, steps with
+    their labels, or a prompt with what rewards need."""
 
     unit: ClassVar[Literal["row", "pair", "group"]] = "row"
     """Which rows of a batch the loss couples: they are never parted into different micro-batches."""
@@ -43,9 +44,13 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} declares no views")
 
     def experience(self, writer: Writer, rows: Sequence[Row], state: State) -> list[Sample]:
-        """Rows become samples; by default demonstrations as they stand, or pairs where `rows` says so."""
+        """Rows become samples; by default demonstrations as they stand, or what `rows` says."""
         if self.rows == "pairs":
             return writer.pairs(rows)
+        if self.rows == "rankings":
+            return writer.rankings(rows)
+        if self.rows == "steps":
+            return writer.steps(rows)
         if self.rows == "prompts":
             return writer.rollout(rows)
         return writer.replay(rows)

@@ -64,7 +64,17 @@ def sample_metrics(samples: Sequence[Sample], part: str, *, groups: bool) -> dic
                 not any(isinstance(verdict, unread) for verdict in sample.verdicts.values()) for sample in scored
             ) / len(scored)
             found["signal"] = signal_share(scored)
+            found |= reward_means(scored)
     return {f"{part}/{name}" if part else name: value for name, value in found.items()}
+
+
+def reward_means(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of each reward by name, before weight and gate, where there are several: a gold reward beside its proxy, say."""
+    named: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.info.get("rewards", {}).items():
+            named[name].append(value)
+    return {f"reward/{name}": sum(values) / len(values) for name, values in named.items()} if len(named) > 1 else {}
 
 
 def signal_share(samples: Sequence[Sample]) -> float:

@@ -182,4 +182,5 @@ def _rendered(desk: Desk, method: Method, rows: Sequence[Row]) -> list[Sample]:
     """Every row as it will be trained on (prompts alone, for methods that sample)."""
     if method.rows == "prompts":
         return desk.prompts(rows, 1)
-    return desk.pairs(rows) if method.rows == "pairs" else desk.replay(rows)
+    written = {"pairs": desk.pairs, "rankings": desk.rankings, "steps": desk.steps, "demonstrations": desk.replay}
+    return written[method.rows](rows)

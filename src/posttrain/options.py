@@ -18,7 +18,7 @@ from posttrain.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
-FORMULAS = ("reductions", "advantages", "ratios", "surrogates", "divergences", "preferences", "sequences")
+FORMULAS = ("reductions", "advantages", "ratios", "surrogates", "divergences", "preferences", "sequences", "steps")
 """Modules of `posttrain.formulas` in which a function is looked up by name."""
 
 

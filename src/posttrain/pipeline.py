@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,13 +25,17 @@ from posttrain.errors import CheckpointError
 from posttrain.files import atomic_folder, atomic_write, make_folders
 from posttrain.manifest import hash_folder, write_manifest
 from posttrain.plan import Plan, build_method
-from posttrain.recipe import EvaluateSpec, Recipe, StageSpec
-from posttrain.records import sample_to_json
+from posttrain.recipe import EvaluateSpec, Recipe, StageSpec, sets_of
 from posttrain.report.live import counted
+from posttrain.report.names import evaluation_unit, metric_in_words, number
 from posttrain.report.page import write_report
 from posttrain.report.summary import write_summary
 from posttrain.resolve import digest, versions
+from posttrain.rewards.parse import parts_of_model_reward
 from posttrain.run import train
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.accuracy import Outcome
 
 
 @dataclass
@@ -102,8 +105,9 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------ stages
 
     def _inputs(self, stage: StageSpec) -> dict[str, Any]:
-        read = {name: digest(self.plan.rows(spec, stage.name)) for name, spec in self.plan.sets(stage).items()}
-        sources = {"start": stage.merge or stage.start, **stage.models}
+        read = {name: digest(self.plan.rows(spec, stage.name)) for name, spec in sets_of(stage).items()}
+        judges = {f"reward {name}": source for name in stage.rewards if (source := parts_of_model_reward(name)[1])}
+        sources = {"start": stage.built_on, **stage.models, **judges}
         models = {name: self._hash_of(source) for name, source in sources.items()}
         return {
             "stage": digest(stage.model_dump()),
@@ -131,11 +135,16 @@ class Pipeline:
                 return dict(done["summary"])
             self._say(f"{stage.name}: its artifact is damaged or gone; making it again")
         began = time.perf_counter()
-        metrics = {"train": self._train, "sample": self._sample, "merge": self._merge}[stage.verb](stage, folder)
+        metrics = {
+            "train": self._train,
+            "sample": self._sample,
+            "merge": self._merge,
+            "normalise": self._normalise,
+        }[stage.verb](stage, folder)
         summary = {
             "name": stage.name,
             "kind": stage.verb,
-            "method": stage.train,
+            "method": stage.train or stage.sample,
             "artifact": f"{stage.name}/{artifact}",
             "seconds": time.perf_counter() - began,
             "metrics": metrics,
@@ -151,32 +160,16 @@ class Pipeline:
             return train(run, world=self.world).metrics
 
     def _sample(self, stage: StageSpec, folder: Path) -> dict[str, float]:
-        """Write the start's answers to prompts, judged, as rows to train on."""
-        from posttrain.experience import Desk, renderer_of
-        from posttrain.models.load import load
-        from posttrain.rewards.runner import RewardRunner
-        from posttrain.samplers.native import NativeSampler
-        from posttrain.scoring import score_everywhere
-
-        data, judges, sampling = self.plan.sampled(stage)
-        model, tokenizer = load(self.plan.folder_of(stage.start))
-        renderer = renderer_of(model, tokenizer)
-        sampler = NativeSampler(model, tokenizer, stop_tokens=renderer.stop_tokens)
-        desk = Desk(renderer, sampler, sampling, stage.samples, self.recipe.seed, 0, self.world)
-        scored = desk.rollout(self.plan.rows(data, stage.name))
-        if judges:
-            values = self.plan.task(stage.name).values if self.recipe.task is not None else None
-            with RewardRunner(max_failure_rate=0.5) as runner:
-                scored = score_everywhere(judges, scored, renderer, runner=runner, world=self.world, values=values)
-        kept = _keep(scored, stage)
+        """Rows that a maker writes with the start, its other models and the rewards."""
+        made = self.plan.maker(stage).make(self.plan.workshop(stage, start=stage.start, folder=folder, world=self.world))
         if self.world.rank == 0:
             with atomic_folder(folder / "rows") as partial:
-                lines = [json.dumps({"id": f"{s.query}#{s.index}", "sample": sample_to_json(s)}) + "\n" for s in kept]
-                (partial / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+                for name, lines in {"rows": made.rows, **made.records}.items():
+                    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                    (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
                 write_manifest(partial, {"stage": stage.name})
         self.world.barrier(f"the rows of {stage.name}")
-        right = [s.reward or 0.0 for s in scored if s.reward is not None]
-        return {"samples": float(len(scored)), "kept": float(len(kept)), "reward": sum(right) / max(1, len(right))}
+        return made.metrics
 
     def _merge(self, stage: StageSpec, folder: Path) -> dict[str, float]:
         """Fold a stage's adapter into its weights."""
@@ -191,55 +184,70 @@ class Pipeline:
         self.world.barrier(f"the model of {stage.name}")
         return {}
 
+    def _normalise(self, stage: StageSpec, folder: Path) -> dict[str, float]:
+        """A reward model whose scores of some answers have mean 0 and standard deviation 1."""
+        from posttrain.experience import renderer_of
+        from posttrain.models.load import load, save
+        from posttrain.rewards.model import normalised, samples_of
+
+        model, tokenizer = load(self.plan.folder_of(str(stage.normalise)))
+        rows = self.plan.rows(next(iter(sets_of(stage).values())), stage.name)
+        mean, std = normalised(model, samples_of(rows, renderer_of(model, tokenizer)))
+        if self.world.rank == 0:
+            with atomic_folder(folder / "model") as partial:
+                save(model, tokenizer, partial)
+                write_manifest(partial, {"stage": stage.name})
+        self.world.barrier(f"the model of {stage.name}")
+        return {"mean_before": mean, "std_before": std}
+
     # ------------------------------------------------------------------------------------------ evaluations
 
     def _evaluation(self, spec: EvaluateSpec, name: str) -> list[dict[str, Any]]:
-        from posttrain.experience import renderer_of
-        from posttrain.models.load import load
-
         others = [other for other in self.recipe.evaluate if name in other.of]
-        number = next(number for number, other in enumerate(others) if other is spec)
-        path = self.out / "evaluations" / (f"{name}.{number}.json" if number else f"{name}.json")
+        place = next(place for place, other in enumerate(others) if other is spec)
+        path = self.out / "evaluations" / (f"{name}.{place}.json" if place else f"{name}.json")
         inputs = {
             "spec": digest(spec.model_dump(exclude={"of"})),
             "model": self._hash_of(name),
             "task": digest(self.recipe.task),
+            "rows": {key: digest(self.plan.rows(data, "evaluate")) for key, data in sets_of(spec).items()},
+            "models": {key: self._hash_of(source) for key, source in spec.models.items()},
         }
         if path.is_file():
             done = json.loads(path.read_text(encoding="utf-8"))
             if done["inputs"] == inputs:
                 return list(done["numbers"])
+        outcome = self._examined(spec, name) if spec.kind != "accuracy" else self._accuracy(spec, name)
+        make_folders(path.parent)
+        more = {"task": outcome.numbers[0]["task"]} if spec.task else {}  # questions of another task have ids of their own
+        lines = "".join(json.dumps({**record, **more}, ensure_ascii=False) + "\n" for record in outcome.records)
+        atomic_write(path.with_name(path.name + "l"), lines)
+        atomic_write(path, json.dumps({"inputs": inputs, "numbers": outcome.numbers, "curves": outcome.curves}, indent=1))
+        first = outcome.numbers[0]
+        unit = evaluation_unit(first["metric"], [first["value"]])
+        low, high = number(first["low"], unit), number(first["high"], unit)
+        self._say(f"{name}: {metric_in_words(first['metric'])} {number(first['value'], unit)} [{low}, {high}]")
+        return outcome.numbers
+
+    def _accuracy(self, spec: EvaluateSpec, name: str) -> Outcome:
+        """Greedy and sampled answers, judged by the task."""
+        from posttrain.experience import renderer_of
+        from posttrain.models.load import load
+
         evaluation = self.plan.evaluation(spec)
         model, tokenizer = load(self.plan.folder_of(name))
         model.use_quickest()
         with counted(f"evaluate {name}", quiet=self.quiet or self.world.rank != 0) as progress:
-            outcome = evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
-        make_folders(path.parent)
-        lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in outcome.records)
-        atomic_write(path.with_name(path.name + "l"), lines + "\n")
-        atomic_write(path, json.dumps({"inputs": inputs, "numbers": outcome.numbers}, indent=1))
-        headline = outcome.numbers[0]
-        self._say(
-            f"{name}: accuracy {100 * headline['value']:.1f} % [{100 * headline['low']:.1f}, {100 * headline['high']:.1f}]"
-        )
-        return outcome.numbers
+            return evaluation.of(model, tokenizer, renderer_of(model, tokenizer), model_name=name, progress=progress)
+
+    def _examined(self, spec: EvaluateSpec, name: str) -> Outcome:
+        """Another kind of evaluation; under several ranks one of them makes it whole."""
+        shop = self.plan.workshop(spec, start=name, folder=self.out / "evaluations")
+        return self.plan.examiner(spec).examine(shop, model_name=name)
 
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr)
-
-
-def _keep(samples: Sequence[Any], stage: StageSpec) -> list[Any]:
-    """What a sample stage keeps: all, those that passed, or the best of each group."""
-    if stage.keep == "all":
-        return list(samples)
-    if stage.keep == "passed":
-        return [s for s in samples if (s.reward or 0.0) >= 1.0]
-    best: dict[str, Any] = {}
-    for s in samples:
-        if s.reward is not None and (s.group not in best or s.reward > best[s.group].reward):
-            best[s.group] = s
-    return list(best.values())
 
 
 def run_recipe(recipe: Recipe, out: str | Path, *, quiet: bool = False) -> Path:

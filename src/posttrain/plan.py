@@ -7,16 +7,21 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, DataError, extra, nearest
 from posttrain.evaluation.accuracy import Evaluation
 from posttrain.method import Method, Optimizer
 from posttrain.options import build
-from posttrain.recipe import DataSpec, EvaluateSpec, Recipe, StageSpec
+from posttrain.recipe import DataSpec, EvaluateSpec, Recipe, StageSpec, sets_of
 from posttrain.rewards.reward import Reward
 from posttrain.run import Run
 from posttrain.types import Row, Sampling
+
+if TYPE_CHECKING:
+    from posttrain.evaluation.examiner import Examiner
+    from posttrain.synthesis.maker import Maker, Workshop
 
 
 @dataclass
@@ -45,55 +50,64 @@ class Plan:
         key = spec.model_dump_json()
         if key not in self._read:
             found = self._rows(spec, what)
-            if spec.stage:  # made while the recipe runs
+            if spec.stages:  # made while the recipe runs
                 return found
             self._read[key] = found
         return self._read[key]
 
     def _rows(self, spec: DataSpec, what: str) -> list[Row]:
-        given = [key for key in ("split", "file", "stage") if getattr(spec, key)]
+        given = [key for key in ("split", "file", "stage", "mix") if getattr(spec, key)]
         if len(given) != 1:
-            raise ConfigError(f"{what}: data names {given or 'nothing'}; expected exactly one of split, file, stage")
+            raise ConfigError(f"{what}: data names {given or 'nothing'}; expected exactly one of split, file, stage, mix")
+        end = None if spec.count is None else spec.skip + spec.count
         if spec.split:
-            found = list(self.task(what).rows(spec.split, spec.count, spec.seed))
+            found = list(self.task(what, spec.task).rows(spec.split, end, spec.seed))
         elif spec.file:
             from posttrain.data.rows import load_rows
 
-            found = load_rows(spec.file, rename=spec.rename, split=spec.hub_split, limit=spec.count)
+            found = load_rows(spec.file, rename=spec.rename, split=spec.hub_split, limit=end)
+        elif spec.stage:
+            lines = (self.out / spec.stage / "rows" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines if line]
         else:
-            lines = (self.out / str(spec.stage) / "rows" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-            found = [json.loads(line) for line in lines if line][: spec.count]
-        if not found:
-            raise DataError(
-                f"{what}: the data is empty" + (f"; stage '{spec.stage}' kept no sample" if spec.stage else "")
-            )
-        return found
+            found = [row for part in spec.mix for row in self._rows(part, what)]
+        if not found[spec.skip : end]:
+            if not spec.stage:
+                raise DataError(f"{what}: the data is empty" + (f" after the first {spec.skip} rows" if spec.skip else ""))
+            more = f"; {spec.skip} of its rows are skipped, and it has {len(found)}" if found else "; it kept no sample"
+            raise DataError(f"{what}: stage '{spec.stage}' gave no rows{more}")
+        return found[spec.skip : end]
 
-    def task(self, what: str) -> Any:
-        """The recipe's task.
+    def task(self, what: str, given: Mapping[str, Any] | str | None = None) -> Any:
+        """A task, by default the recipe's.
 
         Raises:
-            ConfigError: The recipe has none.
+            ConfigError: None is given and the recipe has none.
         """
         from posttrain.tasks import task
 
-        given = self.recipe.task
+        given = given or self.recipe.task
         if given is None:
             raise ConfigError(f"{what}: this needs a task; write 'task: word-problems' into the recipe")
         options = {"name": given} if isinstance(given, str) else dict(given)
         return task(options.pop("name"), **options)
 
-    def rewards(self, stage: StageSpec) -> tuple[Reward, ...]:
+    def rewards(self, stage: StageSpec | EvaluateSpec) -> tuple[Reward, ...]:
         """The rewards of a stage: the task's own unless it names some."""
+        where, other = (stage.name, None) if isinstance(stage, StageSpec) else ("evaluate", stage.task)
         if not stage.rewards:
-            return tuple(self.task(stage.name).rewards)
+            return tuple(self.task(where, other).rewards)
         from posttrain.rewards.named import named_rewards
 
-        return named_rewards(stage.rewards, task=self.task(stage.name) if self.recipe.task else None)
+        named = [self._placed(name) for name in stage.rewards]
+        return named_rewards(named, task=self.task(where, other) if other or self.recipe.task else None)
 
-    def sets(self, stage: StageSpec) -> dict[str, DataSpec]:
-        """What a stage reads, by name; a plain specification is called 'data'."""
-        return {"data": stage.data} if isinstance(stage.data, DataSpec) else dict(stage.data or {})
+    def _placed(self, reward: str) -> str:
+        """A reward's name with the folder in place of the stage that made its model: `model:rm` -> `model:out/rm/model`."""
+        from posttrain.rewards.parse import parts_of_model_reward
+
+        kind, source, rest = parts_of_model_reward(reward)
+        return f"{kind}:{self.folder_of(source)}{rest}" if source else reward
 
     def build_run(self, stage: StageSpec, *, rows: Mapping[str, Sequence[Row]] | None = None) -> Run:
         """The `Run` of a train stage; `rows` stand in place of its data."""
@@ -101,7 +115,7 @@ class Plan:
         if stage.data is None:
             raise ConfigError(f"stage '{stage.name}' has no data")
         if rows is None:
-            rows = {name: self.rows(spec, stage.name) for name, spec in self.sets(stage).items()}
+            rows = {name: self.rows(spec, stage.name) for name, spec in sets_of(stage).items()}
         settings = dict(stage.run)
         samples = any(part.method.rows == "prompts" for part in method.parts().values())
         sampling = dict(settings.pop("sampling", {}))
@@ -151,8 +165,20 @@ class Plan:
         """What an evaluation of the recipe asks, of any model."""
         rows = (spec.split, spec.count, spec.seed)
         return _of_task(
-            self.task("evaluate"), rows, samples=spec.samples, max_tokens=spec.max_tokens, seed=self.recipe.seed
+            self.task("evaluate", spec.task), rows, samples=spec.samples, max_tokens=spec.max_tokens, seed=self.recipe.seed
         )
+
+    def examiner(self, spec: EvaluateSpec) -> Examiner:
+        """An evaluation that is not of accuracy, from its options.
+
+        Raises:
+            ConfigError: There is no such kind, or an option is not its own.
+        """
+        from posttrain.evaluation import examiner_named
+
+        if not sets_of(spec):
+            raise ConfigError(f"evaluate: kind '{spec.kind}' needs data: a stage, a file or a split")
+        return build(examiner_named(spec.kind), spec.options, what=f"evaluate {spec.kind}")
 
     # ------------------------------------------------------------------------------------------ before anything runs
 
@@ -165,15 +191,20 @@ class Plan:
         if self.recipe.task is not None:
             self.task(self.recipe.name)
         for stage in self.recipe.stages:
-            for source in (stage.merge or stage.start, *stage.models.values()):
+            for source in (stage.built_on, *stage.models.values()):
                 self._check_model(source)
             if stage.verb == "train":
                 self._check_train(stage)
             elif stage.verb == "sample":
-                self.sampled(stage)
+                self._check_sample(stage)
+            elif stage.verb == "normalise" and not sets_of(stage):
+                raise ConfigError(f"stage '{stage.name}' has no data; name the rows whose answers are to score 0 on average")
         for spec in self.recipe.evaluate:
-            self.evaluation(spec)
-            for name in spec.of:
+            if spec.kind == "accuracy":
+                self.evaluation(spec)
+            else:
+                self.examiner(spec)
+            for name in (*spec.of, *spec.models.values()):
                 self._check_model(name)
 
     def _check_model(self, name: str) -> None:
@@ -188,8 +219,8 @@ class Plan:
         from posttrain.data.formats import need
         from posttrain.wiring import wanted_models
 
-        later = {name for name, spec in self.sets(stage).items() if spec.stage}
-        read = {name: [] if name in later else self.rows(spec, stage.name) for name, spec in self.sets(stage).items()}
+        later = {name for name, spec in sets_of(stage).items() if spec.stages}
+        read = {name: [] if name in later else self.rows(spec, stage.name) for name, spec in sets_of(stage).items()}
         run = self.build_run(stage, rows=read)
         wanted = wanted_models(run.method)
         for name in stage.models:
@@ -204,26 +235,60 @@ class Plan:
             if part.supply is None and name not in later:
                 need(read[name], part.method.rows, f"stage '{stage.name}': {stage.train}")
 
-    def sampled(self, stage: StageSpec) -> tuple[DataSpec, tuple[Reward, ...], Sampling]:
-        """What a sample stage answers, who judges the answers, and how they are drawn.
+    def maker(self, stage: StageSpec) -> Maker:
+        """What a sample stage writes, from its settings.
 
         Raises:
             ConfigError: Its settings do not fit together.
         """
-        if not isinstance(stage.data, DataSpec):
-            raise ConfigError(f"stage '{stage.name}' samples answers to one data set; name it under data")
+        from posttrain.synthesis import maker_named
+
+        made = build(maker_named(str(stage.sample)), stage.method, what=f"stage '{stage.name}': {stage.sample}")
+        if not sets_of(stage):
+            raise ConfigError(f"stage '{stage.name}' has no data")
         unread = sorted(set(stage.run) - {"sampling"})
         if unread:
             raise ConfigError(f"stage '{stage.name}' samples and does not read run.{unread[0]}; it reads run.sampling")
-        task = self.task(stage.name) if self.recipe.task is not None else None
-        judges = self.rewards(stage) if stage.rewards or task is not None else ()
-        if stage.keep != "all" and not judges:
-            raise ConfigError(f"stage '{stage.name}' keeps '{stage.keep}' and has no rewards; name some, or a task")
-        options = {**({"max_tokens": task.max_tokens} if task else {}), **stage.run.get("sampling", {})}
-        sampling = build(Sampling, options, what=f"stage '{stage.name}': sampling")
-        if not stage.data.stage:
-            self.rows(stage.data, stage.name)
-        return stage.data, judges, sampling
+        has = {"start", *stage.models, *(["rewards"] if stage.rewards or self.recipe.task is not None else [])}
+        lacks = [need for need in made.needs() if need not in has]
+        if lacks:
+            what = "has no rewards; name some, or a task" if lacks[0] == "rewards" else f"needs a model '{lacks[0]}'; name it under models"
+            raise ConfigError(f"stage '{stage.name}': '{stage.sample}' {what}")
+        return made
+
+    def workshop(self, spec: StageSpec | EvaluateSpec, *, start: str, folder: Path, world: World | None = None) -> Workshop:
+        """What a sample stage's maker, or an evaluation that is not of accuracy, works with."""
+        from posttrain.synthesis.maker import Workshop
+
+        name = spec.name if isinstance(spec, StageSpec) else f"evaluate {spec.kind}"
+        other = spec.task if isinstance(spec, EvaluateSpec) else None
+        task = self.task(name, other) if other or self.recipe.task is not None else None
+        options = dict(spec.run.get("sampling", {})) if isinstance(spec, StageSpec) else {}
+        if task is not None:
+            options.setdefault("max_tokens", task.max_tokens)
+        sources = {"start": start, **spec.models}
+        return Workshop(
+            sets={key: self.rows(data, name) for key, data in sets_of(spec).items()},
+            sources={key: self.folder_of(source) for key, source in sources.items()},
+            folder=folder,
+            samples=max(1, spec.samples),
+            sampling=build(Sampling, options, what=f"{name}: sampling"),
+            rewards=self.rewards(spec) if spec.rewards or task is not None else (),
+            values=task.values if task is not None else None,
+            seed=self.recipe.seed,
+            world=world or World(),
+            quiet=self.quiet,
+        )
+
+    def _check_sample(self, stage: StageSpec) -> None:
+        """Settings, rewards and rows of a sample stage."""
+        self.maker(stage)
+        build(Sampling, stage.run.get("sampling", {}), what=f"stage '{stage.name}': sampling")
+        if stage.rewards:
+            self.rewards(stage)
+        for data in sets_of(stage).values():
+            if not data.stages:
+                self.rows(data, stage.name)
 
 
 def validation(task: Any, seed: int, *, count: int = 100) -> Evaluation:

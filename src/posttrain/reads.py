@@ -91,6 +91,10 @@ def _reward(model: Any, hidden: Tensor, ends: Tensor) -> Tensor:
     return _scalar(model, hidden[ends], "reward")
 
 
+def _token_reward(model: Any, hidden: Tensor, at: At) -> Tensor:  # noqa: ARG001
+    return _scalar(model, hidden, "reward")
+
+
 def _attention_to_prompt(probabilities: Tensor, batch: Batch) -> Tensor:
     positions = torch.arange(batch.mask.shape[1], device=batch.mask.device)
     prompt = ~batch.mask & (positions < batch.lengths.unsqueeze(-1))  # [B, T]
@@ -118,6 +122,9 @@ value = Read("value", "hidden", _value, head="value")
 
 reward = Read("reward", "row", _reward, head="reward")
 """`[B]`: the reward head at the last real token of each row."""
+
+token_reward = Read("token_reward", "after", _token_reward, head="reward")
+"""`[B, T]`: the reward head at each trained token, which it has read: a verdict on the answer so far."""
 
 
 def top_k(k: int) -> Read:

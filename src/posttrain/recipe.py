@@ -24,28 +24,34 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posttrain.errors import ConfigError, nearest
+from posttrain.rewards.parse import parts_of_model_reward
+from posttrain.synthesis import maker_named
 
-VERBS = ("train", "sample", "merge")
+VERBS = ("train", "sample", "merge", "normalise")
 """What a stage can do to make an artifact; `evaluate` stands beside the stages."""
-
-KEEP = ("all", "passed", "best")
-"""What a sample stage can keep: every answer, those whose reward is at least 1, or the best to each prompt."""
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
 class DataSpec(_Strict):
-    """Where rows come from: a split of the recipe's task, a file or hub name, or what a sample stage wrote."""
+    """Where rows come from: a split of the recipe's task or another, a file or hub name, what a sample stage wrote, or a mix."""
 
     split: str | None = None
+    task: dict[str, Any] | str | None = None
+    skip: int = Field(0, ge=0)
     count: int | None = Field(None, ge=1)
     file: str | None = None
     hub_split: str = "train"
     rename: dict[str, str] = {}
     stage: str | None = None
+    mix: list[DataSpec] = []
     seed: int = 0
+
+    @property
+    def stages(self) -> list[str]:
+        """The sample stages that it reads."""
+        return [self.stage] if self.stage else [name for part in self.mix for name in part.stages]
 
 
 class WatchSpec(_Strict):
@@ -63,6 +69,7 @@ class StageSpec(_Strict):
     train: str | None = None
     sample: str | None = None
     merge: str | None = None
+    normalise: str | None = None
     start: str = "base"
     models: dict[str, str] = {}
     data: DataSpec | dict[str, DataSpec] | None = None
@@ -70,8 +77,12 @@ class StageSpec(_Strict):
     run: dict[str, Any] = {}
     rewards: list[str] = []
     watch: WatchSpec | None = None
-    keep: str = "all"
     samples: int = Field(1, ge=1)
+
+    @property
+    def built_on(self) -> str:
+        """The model that the stage works on."""
+        return self.merge or self.normalise or self.start
 
     @property
     def verb(self) -> str:
@@ -80,13 +91,19 @@ class StageSpec(_Strict):
 
 
 class EvaluateSpec(_Strict):
-    """One evaluation of several models."""
+    """One evaluation of several models: the accuracy of their answers, or another kind with rows, models and options of its own."""
 
     of: list[str]
+    kind: str = "accuracy"
+    task: dict[str, Any] | str | None = None
     split: str = "test"
     count: int = Field(200, ge=1)
     samples: int = Field(0, ge=0)
     max_tokens: int | None = None
+    data: DataSpec | dict[str, DataSpec] | None = None
+    models: dict[str, str] = {}
+    rewards: list[str] = []
+    options: dict[str, Any] = {}
     seed: int = 0
 
 
@@ -215,6 +232,7 @@ def _explained(error: ValidationError) -> str:
             "stages": StageSpec,
             "evaluate": EvaluateSpec,
             "data": DataSpec,
+            "mix": DataSpec,
             "watch": WatchSpec,
         }
         home = next((depth[part] for part in reversed(place[:-1]) if part in depth), Recipe)
@@ -235,17 +253,17 @@ def _check(recipe: Recipe, where: str) -> None:
             )
         if stage.name in done or not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"{where}: stage name '{stage.name}' is taken or no plain name (letters, digits, - _ .)")
-        for name in (stage.start, *stage.models.values(), *_stages_of(stage), *([stage.merge] if stage.merge else [])):
+        for name in (stage.start, *stage.models.values(), *_stages_of(stage), stage.built_on, *_judges_of(stage)):
             if name not in done and not _outside(name):
                 raise ConfigError(
                     f"{where}: stage '{stage.name}' builds on '{name}', which is no stage before it{nearest(name, done)}"
                 )
-        if stage.keep not in KEEP:
-            raise ConfigError(f"{where}: stage '{stage.name}' keeps '{stage.keep}'{nearest(stage.keep, KEEP)}")
+        if stage.sample is not None:
+            maker_named(stage.sample)
         done.append(stage.name)
     for evaluation in recipe.evaluate:
-        for name in evaluation.of:
-            if name not in done:
+        for name in (*evaluation.of, *evaluation.models.values(), *_stages_of(evaluation), *_judges_of(evaluation)):
+            if name not in done and not _outside(name):
                 raise ConfigError(f"{where}: evaluate names '{name}'{nearest(name, done)}")
 
 
@@ -254,7 +272,15 @@ def _outside(name: str) -> bool:
     return "/" in name or Path(name).exists()
 
 
-def _stages_of(stage: StageSpec) -> Sequence[str]:
-    data = stage.data
-    specs = [data] if isinstance(data, DataSpec) else list((data or {}).values())
-    return [spec.stage for spec in specs if spec.stage]
+def _judges_of(spec: StageSpec | EvaluateSpec) -> Sequence[str]:
+    """The models that its rewards name."""
+    return [source for name in spec.rewards if (source := parts_of_model_reward(name)[1])]
+
+
+def _stages_of(spec: StageSpec | EvaluateSpec) -> Sequence[str]:
+    return [name for data in sets_of(spec).values() for name in data.stages]
+
+
+def sets_of(spec: StageSpec | EvaluateSpec) -> dict[str, DataSpec]:
+    """What a stage or an evaluation reads, by name; a plain specification is called 'data'."""
+    return {"data": spec.data} if isinstance(spec.data, DataSpec) else dict(spec.data or {})

@@ -113,7 +113,7 @@ class Sample:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     reward: float | None = None  # weighted sum of the verdicts; None: not scored, or masked
     info: dict[str, Any] = field(default_factory=dict)  # JSON values: the row's answer, per-reward numbers, ids
-    columns: dict[str, Any] = field(default_factory=dict)  # float, or list of T floats: carried into the batch
+    columns: dict[str, Any] = field(default_factory=dict)  # float, or list of T floats: carried into the batch; NaN is no label
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -267,12 +267,14 @@ class Read:
     - `"logits"`: `fn(logits [n, V] float, at: At) -> [n, ...]`, read for the trained tokens only (predicting token t), in
       chunks that are recomputed in the backward pass.  Zero elsewhere.  Result: `[B, T, ...]`.
     - `"hidden"`: `fn(model, hidden [n, D], at: At) -> [n, ...]`: the state *before* each trained token.  Result `[B, T, ...]`.
+    - `"after"`: the same with the state *at* each trained token, which has read that token: what a verdict on the text up to
+      and including token t is made from.  Result `[B, T, ...]`.
     - `"row"`: `fn(model, hidden [N, D], ends [B]) -> [B, ...]`: whole rows, by the state of their last token, `hidden[ends]`.
     - `"attention"`: `fn(probabilities [B, H, T, T], batch) -> [B, T]`, of the layer `layer` (negative counts from the end).
     """
 
     name: str
-    source: Literal["logits", "hidden", "row", "attention"]
+    source: Literal["logits", "hidden", "after", "row", "attention"]
     fn: Callable[..., Tensor]
     beside: str | None = None  # name of a view read before this one, whose logits come in `At.beside`
     layer: int = -1
@@ -439,6 +441,18 @@ class Writer(Protocol):
 
     def pairs(self, rows: Sequence[Row]) -> list[Sample]:
         """Chosen and rejected, two samples a row, in this order."""
+        ...
+
+    def rankings(self, rows: Sequence[Row]) -> list[Sample]:
+        """All responses of a row as one group, best first; rows may have different numbers of them."""
+        ...
+
+    def steps(self, rows: Sequence[Row]) -> list[Sample]:
+        """Worked answers, one sample a row, with the columns `step_end` and `step_label`, `[T]`.
+
+        `step_end` is 1 at the last token of each step and 0 elsewhere; `step_label` is the label there, in [0, 1], and NaN
+        elsewhere and where a step has none.
+        """
         ...
 
     def rollout(self, rows: Sequence[Row], *, samples: int | None = None, temperature: float | None = None) -> list[Sample]:

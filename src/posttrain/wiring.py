@@ -235,7 +235,7 @@ def derived_optimizer(run: Run, model: LanguageModel) -> Optimizer:
 
     if run.optimizer.lr is not None:
         return run.optimizer
-    kinds = {"prompts": "rl", "pairs": "preference", "demonstrations": "sft"}
+    kinds = {"prompts": "rl", "pairs": "preference", "rankings": "preference", "demonstrations": "sft", "steps": "sft"}
     first = next(iter(run.method.parts().values())).method
     return replace(run.optimizer, lr=default_lr(model.num_parameters, model.has_adapters, kinds[first.rows]))  # type: ignore[arg-type]
 

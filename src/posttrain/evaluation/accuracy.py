@@ -33,6 +33,8 @@ class Outcome:
     """Entries of `summary.json`'s `evaluations`: model, task, split, n, metric, value, low, high (None: no interval)."""
     records: list[dict[str, Any]]
     """One a question: id, prompt, completion, reward, right, parsed (could the answer be read), answer, sampled_right (k)."""
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    """What is better looked at than read: see `evaluation.examiner.curve`."""
 
     @property
     def headline(self) -> float:

@@ -207,8 +207,11 @@ class LanguageModel:
         return raw if raw.dtype == torch.float64 else raw.float()
 
     def add_value_head(self) -> ScalarHead:
-        """The critic's head, made at zero unless it is there; `heads["value"](hidden [n, D]) -> [n]`."""
-        return self._add("value", value_head(self.hidden_size))
+        """The critic's head unless it is there: a reward model's own where it is one, else at zero; `heads["value"](hidden [n, D]) -> [n]`."""
+        head = value_head(self.hidden_size)
+        if "value" not in self.heads and "reward" in self.heads:
+            head.load_state_dict(self.heads["reward"].state_dict())
+        return self._add("value", head)
 
     def add_reward_head(self, *, seed: int = 0) -> ScalarHead:
         """The reward model's head, made from `seed` unless it is there; `heads["reward"](hidden [n, D]) -> [n]`."""

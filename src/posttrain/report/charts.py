@@ -188,6 +188,11 @@ def distribution(early: Mapping[float, int], late: Mapping[float, int], *, steps
     return _chart("Rewards, % of answers", alt, draw, caption=f"the first {words} against the last {words}")
 
 
+def lines(title: str, alt: str, draw: Draw, *, caption: str = "") -> Chart:
+    """A chart that `draw` fills, of the size of the curves."""
+    return _chart(title, alt, draw, caption=caption)
+
+
 def _whole_steps(axes: Axes, steps: Sequence[float]) -> None:
     """An axis over the steps alone, with ticks at whole ones."""
     from matplotlib.ticker import MaxNLocator

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
+from posttrain.report.curves import curves_in
 from posttrain.report.lines import read_lines
 from posttrain.report.summary import EvaluationSummary, StageSummary, Summary, read_summary
 
@@ -40,6 +41,7 @@ class RunFolder:
     recipe: str | None
     recipe_name: str
     notes: list[str] = field(default_factory=list)  # what could not be read, in words
+    curves: list[dict[str, Any]] = field(default_factory=list)  # what evaluations left to draw: see `evaluation.examiner.curve`
     starts: dict[str, str] = field(default_factory=dict)  # stage -> the model it started from; {} where no recipe says so
 
 
@@ -81,6 +83,7 @@ def read_folder(folder: str | Path) -> RunFolder:
         recipe=recipe,
         recipe_name=recipe_name,
         notes=notes,
+        curves=curves_in(root / "evaluations", notes),
         starts=starts_of(recipe or ""),
     )
 

@@ -32,7 +32,7 @@ METRICS = (
     Metric("reward", "Reward", "mean reward of the step's answers, with its 95 % interval"),
     Metric("evaluation", "Evaluation", "accuracy on questions that are not trained on", "share"),
     Metric("loss", "Loss", "what is minimised; of policy gradients it says little"),
-    Metric("accuracy", "Accuracy of preferences", "share of pairs in which the chosen answer is put first", "share"),
+    Metric("accuracy", "Accuracy", "share of pairs whose better answer is put first, or of verdicts on the label's side", "share"),
     Metric("margin", "Margin", "reward of the chosen answer minus that of the rejected one"),
     Metric("kl", "KL from the reference", "nats per token between the policy and its start"),
     Metric("entropy", "Entropy", "nats per token: how undecided the policy is"),
@@ -57,7 +57,10 @@ METRICS = (
 
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
-SHARE = re.compile(r"^(accuracy|exact|parsed|truncated|format|(pass|maj|best|mean)@\d+)")
+SHARE = re.compile(
+    r"^(accuracy|exact|parsed|truncated|format|(gold_)?pair_accuracy|prefers_longer|disagreement|violations"
+    r"|choice_accuracy|(pass|maj|best|mean|vote)@\d+)"
+)
 """Names of evaluation metrics that are shares, written in per cent when they lie in [0, 1]."""
 
 
@@ -99,6 +102,14 @@ def metric_meaning(name: str) -> str:
         "accuracy": "share of problems whose one greedy answer is right",
         "parsed": "share of greedy answers that are in the asked format, right or wrong",
         "accuracy_parsed": "share of the answers that parse that is right",
+        "pair_accuracy": "share of held-out comparisons in which the better answer gets the higher reward; a tie is wrong",
+        "pair_accuracy_equal_length": "the same among answers of equal length, where length tells nothing",
+        "pair_accuracy_chosen_shorter": "the same where the better answer is the shorter one",
+        "gold_pair_accuracy": "share of pairs with differing true scores that the reward orders as these do",
+        "prefers_longer": "share of comparisons that 'the longer one is better' gets right",
+        "disagreement": "share of comparisons that another of the reward models orders differently",
+        "length_correlation": "rank correlation of reward and length among the answers to one prompt",
+        "calibration_error": "mean distance between how sure the reward is and how often it is right",
         "mean": f"share of {several} that is right, averaged over the problems",
         "pass": f"chance that at least one of {several} is right",
     }.get(kind, "")

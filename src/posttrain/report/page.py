@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.files import atomic_write
-from posttrain.report import charts
+from posttrain.report import charts, curves
 from posttrain.report.charts import Chart
 from posttrain.report.comparison import compare
+from posttrain.report.curves import over_optimisation
 from posttrain.report.folder import RunFolder, Stage, read_folder
+from posttrain.report.judgements import write_judgements
 from posttrain.report.names import BY_NAME, METRICS, PHASE, duration, number, phases_of, shares
 from posttrain.report.results import lede, made_by, points, results_in_words, results_of
 from posttrain.report.warnings import warnings_in_words
@@ -74,12 +76,14 @@ def write_report(folder: str | Path) -> Path:
         CheckpointError: The file cannot be written; an earlier one stands.
     """
     path = Path(folder) / "report.html"
-    atomic_write(path, page(read_folder(folder)).encode("utf-8", "replace"))
+    run = read_folder(folder)
+    judged = write_judgements(folder) is not None
+    atomic_write(path, page(run, judged=judged).encode("utf-8", "replace"))
     return path
 
 
-def page(run: RunFolder) -> str:
-    """The page as HTML, the same for the same run."""
+def page(run: RunFolder, *, judged: bool = False) -> str:
+    """The page as HTML, the same for the same run; with a link to `judgements.html` where there is one."""
     import jinja2
 
     template = resources.files("posttrain.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -93,11 +97,13 @@ def page(run: RunFolder) -> str:
     stages = [_stage(stage) for stage in run.stages]
     return environment.from_string(template).render(
         run=run,
+        judged=judged,
         lede=lede(results),
         made_by=made_by(run),
         results=results,
         results_warnings=results_in_words(results),
         stages=stages,
+        curves=[curves.drawn(curve) for curve in run.curves],
         colours_of=_phase_colours(stages),
         comparison=compare(run.answers, run.starts),
         recipe=None if run.recipe is None else redacted(run.recipe),
@@ -154,6 +160,8 @@ def _stage(stage: Stage) -> StageView:
     rewards = _distribution(stage)
     if rewards is not None:
         drawn.insert(1, rewards)
+    if (several := over_optimisation(rows)) is not None:
+        drawn.insert(1, curves.drawn(several))
     total: dict[str, float] = {}
     for row in rows:
         for name, seconds in phases_of(row).items():

@@ -66,6 +66,8 @@ def answer_of(
         group=sample.group,
         query=sample.query or sample.group,
         index=sample.index,
+        tokens=sample.tokens,
+        num_prompt_tokens=sample.prompt_length,
     )
 
 

@@ -14,8 +14,10 @@ from typing import Protocol
 from posttrain.errors import ConfigError, nearest
 from posttrain.rewards.exact import Exact
 from posttrain.rewards.format import ThinkAnswer
+from posttrain.rewards.last_number import LastNumber
 from posttrain.rewards.length import SoftOverlong
 from posttrain.rewards.maths import Maths, MathsExact
+from posttrain.rewards.readable import Consistent, Readable
 from posttrain.rewards.reward import Reward, check
 from posttrain.rewards.user import load_reward
 
@@ -40,7 +42,10 @@ NAMED: Mapping[str, Callable[[], Reward]] = {
     "exact": lambda: Reward("exact", Exact(), where="inline"),
     "maths": lambda: Reward("maths", Maths()),
     "maths-exact": lambda: Reward("maths-exact", MathsExact(), where="inline"),
+    "last-number": lambda: Reward("last-number", LastNumber(), where="inline"),
     "format": lambda: Reward("format", ThinkAnswer(), where="inline"),
+    "consistent": lambda: Reward("consistent", Consistent(), where="inline"),
+    "readable": lambda: Reward("readable", Readable(), where="inline"),
 }
 """Name -> the reward; `length:MAX_TOKENS,CUSHION` comes with two numbers."""
 
@@ -49,9 +54,9 @@ def named_rewards(specs: Sequence[str], *, task: HasRewards | None = None) -> tu
     """The rewards that are called so.
 
     Args:
-        specs: Each is a name of `NAMED`, `length:MAX_TOKENS,CUSHION`, a name of one of the task's own rewards, `task`
-            for all of them, or `file.py:function`; may go on with `@SECONDSs`, its deadline, and end with `*WEIGHT`, which
-            multiplies its weight: `judge.py:polite@5s*0.5`.
+        specs: Each is a name of `NAMED`, `length:MAX_TOKENS,CUSHION`, a name of one of the task's own rewards, `task` for all of
+            them, `model:FOLDER` for a reward model, `judge:MODEL` for a judge, or `file.py:function`; may go on with
+            `@SECONDSs`, its deadline, and end with `*WEIGHT`, which multiplies its weight: `judge.py:polite@5s*0.5`.
         task: Whose own rewards may be named.
 
     Raises:
@@ -81,6 +86,14 @@ def _named(name: str, own: Mapping[str, Reward]) -> Reward:
         if len(sizes) == 2 and all(size.strip().isdigit() for size in sizes):
             return Reward("length", SoftOverlong(int(sizes[0]), int(sizes[1])), where="inline")
         raise ConfigError(f"found reward {name!r}; write length:MAX_TOKENS,CUSHION, for instance length:64,16")
+    if head == "model" and rest:
+        from posttrain.rewards.model import RewardModel
+
+        return Reward("model", RewardModel(rest), where="inline", answers_per_call=256)
+    if head == "judge" and colon:
+        from posttrain.rewards.judge import judge_reward
+
+        return judge_reward(rest)
     if ":" in name:
         return load_reward(name)
     raise ConfigError(f"there is no reward '{name}'{nearest(name, [*NAMED, *own, 'length:64,16', 'file.py:function'])}")

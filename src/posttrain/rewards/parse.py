@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-__all__ = ["answer_in", "boxed_in", "is_percentage", "number", "tag_in"]
+__all__ = ["answer_in", "boxed_in", "is_percentage", "number", "parts_of_model_reward", "tag_in"]
 
 _LONGEST = 64  # characters of a number; longer ones are not read
 _LARGEST_POWER = 64  # of ten
@@ -114,3 +114,13 @@ def _decimal(digits: str) -> Fraction:
 def _signed(sign: str, value: Fraction) -> Fraction:
     """The value, or its negative."""
     return -value if sign == "-" else value
+
+
+def parts_of_model_reward(spec: str) -> tuple[str, str, str]:
+    """A reward that a model gives, in parts: kind, the model's name, and what follows; empty texts for other rewards.
+
+    >>> parts_of_model_reward("model:rm*0.5"), parts_of_model_reward("maths-exact")
+    (('model', 'rm', '*0.5'), ('', '', ''))
+    """
+    found = re.fullmatch(r"(model|judge):([^@*]+)(.*)", spec.strip())
+    return (found[1], found[2], found[3]) if found else ("", "", "")

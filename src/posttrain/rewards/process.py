@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ def _line(unit: Sequence[Answer]) -> bytes:
         DataError: A row holds values that are not JSON.
     """
     try:
-        return json.dumps([asdict(answer) for answer in unit]).encode() + b"\n"
+        return json.dumps([asdict(replace(answer, tokens=[])) for answer in unit]).encode() + b"\n"
     except (TypeError, ValueError) as cause:
         ids = ", ".join(str(answer.info.get("id", answer.index)) for answer in unit)
         raise DataError(

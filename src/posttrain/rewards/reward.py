@@ -48,6 +48,8 @@ class Answer:
     group: str = ""
     query: str = ""
     index: int = 0  # global number of the sample in its step
+    tokens: list[int] = field(default_factory=list, repr=False)  # prompt and completion; only inline rewards get them
+    num_prompt_tokens: int = 0  # of these, the prompt's
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.errors import ConfigError, nearest
+from posttrain.rewards.exact import Exact
 from posttrain.rewards.parse import answer_in
 from posttrain.rewards.reward import Answer, Reward, check, values_of
 from posttrain.types import Overlong, Unparseable, Verdict
@@ -61,7 +62,7 @@ def task(name: str, **options: Any) -> Task:
     """A task by name.
 
     Args:
-        name: `word-problems`, `gsm8k`, or `gym:<data set>` for any data set of reasoning-gym.
+        name: `word-problems`, `chats`, `gsm8k`, or `gym:<data set>` for any data set of reasoning-gym.
         options: The task's own, `max_tokens` for each: `level` (word-problems); `path`, `calculator`, `system` (gsm8k);
             `full_marks`, `system` and the fields of the data set's configuration (gym).
 
@@ -126,7 +127,50 @@ def _gsm8k(path: str, calculator: bool = False, system: str = "", max_tokens: in
     return gsm8k(path, calculator=calculator, system=system, max_tokens=max_tokens)
 
 
-TASKS: Mapping[str, Callable[..., Task]] = {"gsm8k": _gsm8k, "word-problems": _word_problems}
+def _chats(max_tokens: int = 48) -> Task:
+    """What the embedded base model can do beside worked solutions: greet, look up, calculate, in its own form."""
+    from posttrain.tasks import chats
+
+    def rows(split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+        known_split(split, tuple(chats.SPLITS), task="chats")
+        return chats.rows(split, count_of(n, task="chats"), seed=seed)
+
+    return Task(
+        name="chats",
+        rows=rows,
+        splits=tuple(chats.SPLITS),
+        rewards=(Reward("said", Exact(key="expected", whole=True), where="inline"),),
+        parse=str,
+        max_tokens=max_tokens,
+    )
+
+
+def _forbidden_words(level: str = "easy", max_tokens: int | None = None) -> Task:
+    """Word problems that ask for a word besides, some of which a constitution forbids."""
+    from posttrain.tasks import forbidden_words, word_problems
+
+    if level not in word_problems.LEVELS:
+        raise ConfigError(f"task 'forbidden-words' has no level '{level}'{nearest(level, word_problems.LEVELS)}")
+
+    def rows(split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+        known_split(split, tuple(forbidden_words.SPLITS), task="forbidden-words")
+        return forbidden_words.rows(split, count_of(n, task="forbidden-words"), level=level, seed=seed)
+
+    return Task(
+        name="forbidden-words" if level == "easy" else f"forbidden-words({level})",
+        rows=rows,
+        splits=tuple(forbidden_words.SPLITS),
+        rewards=(Reward("right", word_problem_right, where="inline"),),
+        max_tokens=max_tokens or {"easy": 56, "demo": 72, "hard": 104}.get(level, 72),
+    )
+
+
+TASKS: Mapping[str, Callable[..., Task]] = {
+    "chats": _chats,
+    "forbidden-words": _forbidden_words,
+    "gsm8k": _gsm8k,
+    "word-problems": _word_problems,
+}
 """Name -> what makes the task from its options; `gym:<data set>` comes besides."""
 
 
