@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from posttrain.catalogue import markdown, recipes
+from posttrain.catalogue import evaluations, makers, markdown, parts_table, recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,9 @@ def main() -> int:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = path.read_text(encoding="utf-8")
         new = old
-        for name, content in (("methods", markdown()), ("recipes", recipe_table())):
+        tables = {"methods": markdown(), "recipes": recipe_table()}
+        tables |= {"makers": parts_table(makers()), "evaluations": parts_table(evaluations())}
+        for name, content in tables.items():
             if f"<!-- {name} -->" in new:
                 new = between(new, name, content)
         if new != old:

@@ -49,7 +49,7 @@ def test_the_help_of_every_command_has_an_example(command: str) -> None:
 def test_methods_as_json() -> None:
     found = json.loads(call("methods", "--json").stdout)
     assert all(row.keys() == {"name", "kind", "family", "title", "arxiv", "file"} for row in found)
-    assert {row["kind"] for row in found} == {"method", "recipe", "evaluation"}
+    assert {row["kind"] for row in found} == {"method", "maker", "recipe", "evaluation"}
     names = [row["name"] for row in found if row["kind"] == "method"]
     assert names == sorted(names)
     assert {"sft", "dpo", "grpo", "ppo"} <= set(names)

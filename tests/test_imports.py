@@ -24,6 +24,8 @@ LEVELS = [
     {"experience", "score", "step", "scoring", "monitor", "evaluation", "synthesis", "wiring", "options"},
     {"session", "opening", "capture", "held_out", "run", "recipe", "catalogue", "blame", "plan"},
     {"pipeline", "quick", "bench", "annotate"},
+    {"cli_options"},
+    {"cli_feedback"},
     {"cli"},
     {"__main__", "__init__", "recipes"},
 ]

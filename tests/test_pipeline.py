@@ -13,7 +13,7 @@ from small import demonstrations, jsonl, lines, same, weights
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.manifest import hash_folder
 from posttrain.pipeline import run_recipe
-from posttrain.recipe import load_recipe, parse_recipe
+from posttrain.recipe import load_recipe, parse_recipe, shipped
 from posttrain.report.summary import read_summary
 
 SHORT: dict[str, Any] = {"steps": 2, "prompts_per_step": 2, "optimizer": {"lr": 1e-2}}
@@ -372,3 +372,106 @@ def test_shipped_recipes_can_be_read_in_both_forms() -> None:
         assert whole.shows, name
         if whole.small:
             assert load_recipe(name, small=True).stages
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Feedback: rankings, a reward model, its scale, RL against it, and what it is worth.
+
+
+@pytest.fixture(scope="module")
+def feedback(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Rankings by a scripted annotator -> reward model -> rescaled -> PPO with a critic that starts from it; DPO beside it."""
+    folder = tmp_path_factory.mktemp("feedback")
+    (folder / "mine.py").write_text("def long(answer):\n    return float(len(answer.text) % 5)\n")
+    short = {**SHORT, "optimizer": {"lr": 1e-3}}
+    drawn = {"sampling": {"temperature": 1.5, "max_tokens": 8}}
+    tree = {
+        "name": "feedback",
+        "model": str(small_model),
+        "task": {"name": "word-problems", "level": "easy", "max_tokens": 8},
+        "stages": [
+            {
+                "name": "rankings",
+                "sample": "rankings",
+                "data": {"split": "train", "count": 8},
+                "samples": 3,
+                "rewards": [f"{folder / 'mine.py'}:long"],
+                "run": drawn,
+            },
+            {"name": "raw", "train": "all_pairs", "data": {"stage": "rankings", "count": 5}, "run": short},
+            {"name": "rm", "normalise": "raw", "data": {"stage": "rankings"}},
+            {
+                "name": "ppo",
+                "train": "ppo",
+                "models": {"critic": "rm"},
+                "data": {"split": "train", "count": 4},
+                "rewards": ["model:rm", "right*0"],
+                "run": {**short, "samples_per_prompt": 1, **drawn},
+            },
+            {"name": "dpo", "train": "dpo", "data": {"mix": [{"stage": "rankings", "count": 2}, {"stage": "rankings", "skip": 6}]}, "run": short},
+        ],
+        "evaluate": [
+            {"of": ["ppo"], "count": 2},
+            {"kind": "reward_pairs", "of": ["rm"], "models": {"raw": "raw"}, "data": {"stage": "rankings", "skip": 5}, "options": {"least": 1}},
+        ],
+    }
+    make(tree, folder / "out")
+    return tree, folder / "out"
+
+
+def test_a_reward_model_from_rankings_drives_ppo(feedback: tuple[dict[str, Any], Path]) -> None:
+    tree, out = feedback
+    summary = read_summary(out)
+    rows = lines(out / "rankings/rows", "rows.jsonl")
+    assert all(len(row["responses"]) == len(row["samples"]) == len(row["ranking"]) for row in rows)
+    metrics = lines(out / "ppo")
+    assert all({"reward/model", "reward/right"} <= step.keys() for step in metrics)
+    assert all(step["reward"] == pytest.approx(step["reward/model"]) for step in metrics)  # the other weighs 0
+    found = {number["metric"]: number for number in summary["evaluations"] if number["model"] == "rm"}
+    assert {"pair_accuracy", "disagreement", "length_correlation"} <= found.keys()
+    assert found["disagreement"]["value"] == 0.0  # another scale is the same order
+    count = json.loads((out / "dpo/run.json").read_text())["rows"]["data"]["count"]
+    assert count == 2 + len(rows) - 6
+    before = touched(out)
+    make(tree, out)
+    assert touched(out) == before
+
+
+def test_what_rests_on_a_reward_model_is_made_again_when_it_changes(feedback: tuple[dict[str, Any], Path]) -> None:
+    _, out = feedback
+    record = out / "ppo/stage.json"
+    inputs = json.loads(record.read_text())["inputs"]["models"]
+    assert inputs["reward model:rm"] == inputs["critic"] == hash_folder(out / "rm/model")
+    assert "Calibration of rm" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t["stages"][0].update(sample="rankngs"), "'rankngs'.*'rankings'"),
+        (lambda t: t["stages"][0].update(method={"noise": 0.9}), r"noise is 0\.9"),
+        (lambda t: t["stages"][2].pop("data"), "stage 'rm' has no data"),
+        (lambda t: t["stages"][3].update(rewards=["model:rn"]), "'rn', which is no stage before it.*'rm'"),
+        (lambda t: t["stages"][4].update(data={"stage": "rankings", "skip": 99}), "99 of its rows are skipped"),
+        (lambda t: t["stages"][4].update(data={"split": "train", "stage": "rankings"}), "expected exactly one of"),
+        (lambda t: t["evaluate"][1].update(kind="reward_pair"), "'reward_pair'.*'reward_pairs'"),
+        (lambda t: t["evaluate"][1].update(options={"bin": 3}), "'bin'.*'bins'"),
+        (lambda t: t["evaluate"][1].pop("data"), "'reward_pairs' needs data"),
+    ],
+)
+def test_what_feedback_cannot_be_is_refused(
+    change: Any, words: str, feedback: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    tree = json.loads(json.dumps(feedback[0]))
+    change(tree)
+    with pytest.raises((ConfigError, DataError), match=words):
+        make(tree, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_recipe_that_ships_reads_well_small_and_whole(name: str) -> None:
+    for small in (False, True):
+        recipe = load_recipe(name, small=small)
+        assert recipe.shows
+        assert recipe.minutes
+        assert recipe.source

@@ -8,12 +8,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from posttrain import cli_feedback
+from posttrain.cli_options import Count, Data, Map, Model, Options, Out, Quiet, Rewards, Seed, SkipInvalid, TaskOption, shown, table
 from posttrain.errors import ConfigError, PosttrainError
 
 app = typer.Typer(
@@ -24,29 +26,6 @@ app = typer.Typer(
     help="Post-train language models: supervised fine-tuning, preferences, and reinforcement learning.\n\n"
     "Start with `posttrain demo`: a whole run, from a base model to a reasoner, in minutes on two cores.",
 )
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")
-]
-Data = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Rows: a file (JSONL, JSON, CSV, Parquet), a datasets folder or hub name."),
-]
-TaskOption = Annotated[str | None, typer.Option("--task", "-t", help="A task: word-problems, gsm8k, gym:NAME.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; running again continues there.")]
-Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="How many rows or questions.")]
-Map = Annotated[list[str] | None, typer.Option("--map", help="Rename a column: new=old (repeat for more).")]
-Rewards = Annotated[
-    list[str] | None,
-    typer.Option("--reward", "-r", help="A reward: file.py:function, its deadline as @5s, its weight as *0.5 (repeat for more)."),
-]
-SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Leave rows that are not well formed out, and count them.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
-Options = Annotated[
-    list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")
-]
-
 
 def _version(asked: bool) -> None:
     if asked:
@@ -101,7 +80,7 @@ def run_command(
 
     if list_ or recipe is None:
         rows = recipes()
-        print(json.dumps(rows, indent=1)) if as_json else _table(rows, ("name", "shows", "minutes"))
+        print(json.dumps(rows, indent=1)) if as_json else table(rows, ("name", "shows", "minutes"))
         return
     from posttrain.options import parsed
 
@@ -126,7 +105,7 @@ def _run(recipe: str, out: Path, *, small: bool, changes: dict[str, Any], quiet:
 
         numbers = read_summary(out)["evaluations"]
         if numbers:
-            _table(_shown(numbers), ("model", "metric", "value", "interval", "n"))
+            table(shown(numbers), ("model", "metric", "value", "interval", "n"))
         if small:
             print("This was the small form: it shows the way and is too short for a claim.")
         print(f"The report: {report}")
@@ -259,7 +238,7 @@ def evaluate(
     if as_json:
         print(json.dumps(outcome.numbers, indent=1))
         return
-    _table(_shown(outcome.numbers), ("metric", "value", "interval", "n"))
+    table(shown(outcome.numbers), ("metric", "value", "interval", "n"))
 
 
 @app.command()
@@ -309,7 +288,7 @@ def methods(
         print(described(name))
         return
     rows = catalogue()
-    print(json.dumps(rows, indent=1)) if as_json else _table(rows, ("name", "kind", "family", "title", "arxiv"))
+    print(json.dumps(rows, indent=1)) if as_json else table(rows, ("name", "kind", "family", "title", "arxiv"))
 
 
 @app.command()
@@ -329,62 +308,6 @@ def doctor(
 
     found = examined(model, data=data, task=task, rename=map_ or [], show=show, skip_invalid=skip_invalid)
     raise typer.Exit(found)
-
-
-@app.command()
-def decontaminate(
-    train: Annotated[str, typer.Argument(help="Training rows: a file (JSONL, JSON, CSV, Parquet), a folder or hub name.")],
-    against: Annotated[
-        list[str], typer.Option("--against", "-a", help="Evaluation rows: the same, or task:NAME:SPLIT (repeat for more).")
-    ],
-    ngram: Annotated[int, typer.Option("--ngram", min=1, help="Words of an n-gram.")] = 8,
-    share: Annotated[
-        float, typer.Option("--share", help="A row overlaps when more than this share of an evaluation row is covered.")
-    ] = 0.5,
-    source_limit: Annotated[
-        float, typer.Option("--source-limit", help="TRAIN is contaminated when it overlaps more than this share of an evaluation.")
-    ] = 0.02,
-    drop_source: Annotated[bool, typer.Option("--drop-source", help="Keep no row of TRAIN where it is contaminated.")] = False,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many rows of a task's split.")] = 1000,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The clean rows, JSONL; TRAIN.clean.jsonl when left out.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Remove training rows whose questions share long n-grams with evaluations, and say which and why.
-
-    The reasons lie in OUT.removed.jsonl: both rows, the shared words, the coverage.
-
-    Examples: `posttrain decontaminate train.jsonl --against test.jsonl`;
-    `posttrain decontaminate train.jsonl -a test.jsonl -a task:word-problems:test --out clean.jsonl`.
-    """
-    from dataclasses import asdict
-
-    from posttrain.data import decontaminate as home
-
-    target = out or home.clean_name(train)
-    if any(Path(name).exists() and target.exists() and target.samefile(name) for name in (train, *against)):
-        raise ConfigError(f"--out is {str(target)!r}, which is read; write the clean rows into another file")
-    raw, rows = home.rows_of(train, count=count)
-    sets = {name: home.rows_of(name, count=count)[1] for name in against}
-    result = home.decontaminate(rows, sets, ngram=ngram, share=share, source_limit=source_limit)
-    removed = home.write_clean(raw, result, target, drop_source=drop_source)
-    dropped = drop_source and bool(result.contaminated)
-    kept = 0 if dropped else result.rows - len(result.removed)
-    if as_json:
-        numbers = {"rows": result.rows, "kept": kept, "evaluations": result.evaluations, "out": str(target)}
-        overlaps = [asdict(overlap) for overlap in result.removed]
-        print(json.dumps({**numbers, "removed": str(removed), "source_dropped": dropped, "overlaps": overlaps}, indent=1))
-        return
-    shown = [{"evaluation": n, **f, "share": _percent(f["share"])} for n, f in result.evaluations.items()]
-    _table(shown, ("evaluation", "rows", "too_short", "overlapping", "share", "contaminated"))
-    for overlap in result.removed[:5]:
-        place = f"{overlap.source} ({overlap.evaluation}, {overlap.evaluation_source})"
-        print(f"removed {place}: {_percent(overlap.coverage)} of the question, for instance {overlap.shared[:80]!r}")
-    print(f"{kept:,} of {result.rows:,} rows are kept: {target}; the others with reasons: {removed}")
-    if result.contaminated:
-        advice = "all of its rows are dropped" if dropped else "--drop-source would drop all of its rows"
-        print(f"{train} is contaminated for {', '.join(result.contaminated)} (more than {_percent(source_limit)}): {advice}")
 
 
 @app.command()
@@ -408,53 +331,8 @@ def bench(
     measure(setting, parts=only or (), json_file=json_file)
 
 
-@app.command()
-def rank(
-    action: Annotated[str, typer.Argument(help="'serve' the pages, or 'export' what was ranked.")] = "serve",
-    database: Annotated[str, typer.Option("--database", help="A file (SQLite), or postgresql://user@host/name.")] = "rankings.db",
-    data: Data = None,
-    task: TaskOption = None,
-    models: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="A model that answers the prompts now (repeat for more).")
-    ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Answers of each model to each prompt.")] = 2,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Of the sampler: temperature=0.8 (repeat for more).")] = None,
-    count: Count = None,
-    map_: Map = None,
-    annotator: Annotated[list[str] | None, typer.Option("--annotator", "-a", help="A link for NAME (repeat for more).")] = None,
-    revoke: Annotated[list[str] | None, typer.Option("--revoke", help="Makes a name's links worthless (repeat for more).")] = None,
-    host: Annotated[str, typer.Option("--host", help="The address to listen on; the default is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes one that is free.")] = 8000,
-    kind: Annotated[str, typer.Option("--as", help="Export: pairs, rankings or dataset.")] = "pairs",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Export: a .jsonl file.")] = None,
-    seed: Seed = 0,
-    skip_invalid: SkipInvalid = False,
-) -> None:
-    """People put responses in order on a page (extra 'annotate'); export what they said as rows to train on.
-
-    The file's rows are prompt + responses, or comparisons: chosen + rejected, or prompt + responses + ranking.
-
-    Examples: `posttrain rank --data responses.jsonl --annotator ada --annotator ben`;
-    `posttrain rank -m runs/sft/model -m runs/rl/model --samples 2 -t word-problems -n 50`;
-    `posttrain rank export --database rankings.db --as pairs --out pairs.jsonl`.
-    """
-    from posttrain.annotate import serve
-
-    sources = {"data": data, "task": task, "models": models or [], "samples": samples, "count": count, "rename": map_ or []}
-    source = {**sources, "settings": setting or [], "seed": seed, "skip_invalid": skip_invalid}
-    people = {"annotators": annotator or [], "revoked": revoke or [], "host": host, "port": port}
-    serve.rank(action, database, source=source, people=people, kind=kind, out=out)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _shown(numbers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The numbers of evaluations as a table has them."""
-    return [
-        {**n, "value": _percent(n["value"]), "interval": f"[{_percent(n['low'])}, {_percent(n['high'])}]"} for n in numbers
-    ]
+app.command()(cli_feedback.rank)
+app.command()(cli_feedback.decontaminate)
 
 
 def _next(*commands: str) -> None:
@@ -476,16 +354,6 @@ def _interruptible(out: Path) -> Iterator[None]:
         kept = f"saved up to step {found[1]}{where}; the same command goes on" if found else "nothing is saved yet"
         print(f"\nStopped: {kept}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(str(row.get(column) if row.get(column) is not None else "") for column in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def main() -> None:

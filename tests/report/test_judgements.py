@@ -76,7 +76,16 @@ def test_everything_that_was_said_is_on_the_page(tmp_path: Path) -> None:
     text = path.read_text()
     for said in ("I know it all.", "It boasts.", "I am not sure.", "not used: leaked", "the question as sent", "Which is fairer?"):
         assert said in text, said
-    for said in ("base@0123456789ab", "critic@ba9876543210", "judge@ffffffffffff", "0.250", "0.750", "0.100", "0.600", "the judge is away"):
+    for said in (
+        "base@0123456789ab",
+        "critic@ba9876543210",
+        "judge@ffffffffffff",
+        "0.250",
+        "0.750",
+        "0.100",
+        "0.600",
+        "the judge is away",
+    ):
         assert said in text, said
     assert re.search(r"<td>honest</td><td class=\"n\">3</td><td class=\"n\">2</td><td class=\"n\">1</td>", text)
     assert re.search(r"<td>neutral</td>.*<td class=\"n\">1</td><td class=\"n\">0.750</td>", text)
@@ -88,7 +97,11 @@ def test_what_a_model_wrote_is_escaped(tmp_path: Path) -> None:
     hostile = dict.fromkeys(("id", "principle", "before", "critique", "after", "fault", "model", "critic"), HOSTILE)
     sent = [{"role": HOSTILE, "content": HOSTILE}]
     stage(tmp_path, "triples", [revision(0, **hostile, prompt=sent, critique_prompt=sent, revision_prompt=sent)])
-    stage(tmp_path, "compared", [choice(question=HOSTILE, responses=[HOSTILE, "b"], error=HOSTILE), choice(probabilities=[], error=HOSTILE)])
+    stage(
+        tmp_path,
+        "compared",
+        [choice(question=HOSTILE, responses=[HOSTILE, "b"], error=HOSTILE), choice(probabilities=[], error=HOSTILE)],
+    )
     text = judgements_page(HOSTILE, judgements_of(tmp_path))
     assert HOSTILE not in text
     assert not re.search(r"<(script|img)", text)

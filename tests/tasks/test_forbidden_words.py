@@ -76,35 +76,35 @@ def test_no_prompt_is_in_two_splits() -> None:
 
 
 def test_comparisons_prefer_help() -> None:
-    for number, row in enumerate(rows("comparisons", 60)):
+    for row in rows("comparisons", 60):
         chosen, rejected = text_of(row["chosen"]), text_of(row["rejected"])
         (word,) = says(text_of(row["prompt"]), PERMITTED)
-        assert says(chosen, PERMITTED) == [word]
-        assert not says(text_of(row["prompt"]) + chosen + rejected, FORBIDDEN)
-        if number % 2:
-            assert chosen == f"{rejected} The word is {word}."
-        else:
-            assert says(rejected, PERMITTED) == [word]
-            assert chosen.partition("<answer>")[2] != rejected.partition("<answer>")[2]
+        assert not says(text_of(row["prompt"]), FORBIDDEN)
+        assert chosen == f"{rejected} The word is {word}."
+        assert not says(rejected, EXPERIMENT)
+        assert row["columns"] == {"preference": 1.0}
 
 
-def kind_of(text: str) -> str:
+def forbidden_in(text: str) -> str:
     return text.partition("Forbidden: ")[2].partition(".")[0]
 
 
 def test_teaching_conversations_are_right() -> None:
-    """The critique says whether the answer has a word of the forbidden kind, and the revision is the answer without its sentence."""
+    """The critique says of which kind the word is and if that is forbidden; the revision is the answer without its sentence."""
     faults, kinds = 0, set()
     for row in rows("critiques", 300):
         assert [turn["role"] for turn in [*row["prompt"], *row["completion"]]] == ["user", "assistant"] * 3
         answer, request = row["prompt"][1]["content"], row["prompt"][2]["content"]
-        assert request == forbids(kind_of(request)).critique
+        assert request == forbids(forbidden_in(request)).critique
         critique, _, revision = (turn["content"] for turn in row["completion"])
-        found = says(answer, TEACHING[kind_of(request)])
-        assert critique == ("It says one of them." if found else "It says none of them.")
+        found = says(answer, TEACHING[forbidden_in(request)])
+        (word,) = says(answer, TAUGHT) or [""]
+        kind = next((kind for kind, words in TEACHING.items() if word in words), "")
+        allowed = f"It says one of the {kind}, which is allowed." if word else "It says no such word."
+        assert critique == (f"It says one of the {kind}, which is forbidden." if found else allowed)
         assert revision == (answer.removesuffix(f" The word is {found[0]}.") if found else answer)
         faults += bool(found)
-        kinds.add(kind_of(request))
+        kinds.add(forbidden_in(request))
     assert 100 < faults < 170
     assert kinds == set(TEACHING)
 
@@ -114,7 +114,7 @@ def test_teaching_choices_are_right_or_even() -> None:
     for row in rows("choices", 300):
         text = row["prompt"][0]["content"]
         options = [text.partition(f"({letter})\n```\n")[2].partition("\n```")[0] for letter in "AB"]
-        bad = [bool(says(option, TEACHING[kind_of(text)])) for option in options]
+        bad = [bool(says(option, TEACHING[forbidden_in(text)])) for option in options]
         if sum(bad) == 1:
             assert text_of(row["completion"]) == "AB"[bad.index(False)]
         else:
@@ -126,7 +126,7 @@ def test_teaching_choices_are_right_or_even() -> None:
 @pytest.mark.parametrize("split", ["test-critiques", "test-choices"])
 def test_the_test_is_on_kinds_and_words_of_the_experiment(split: str) -> None:
     for row in rows(split, 100):
-        kind = kind_of(row.get("critique_request") or row["choice_question"])
+        kind = forbidden_in(row.get("critique_request") or row["choice_question"])
         assert kind in KINDS
         assert not says(json.dumps(row), TAUGHT)
         if "best" in row:

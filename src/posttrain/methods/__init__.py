@@ -105,11 +105,11 @@ def method(name: str) -> type[Method]:
     return found
 
 
-def _docstring(path: Path, cls: str) -> str:
+def docstring(path: Path, cls: str) -> str:
     """A class's docstring, read from its source."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == cls:
-            return ast.get_docstring(node) or ""
+            return ast.getdocstring(node) or ""
     return ""
 
 
@@ -121,7 +121,7 @@ def info(name: str) -> Info:
         ConfigError: There is no such method.
     """
     family, file, cls = _home(name)
-    text = _docstring(Path(__file__).parent / family / f"{file}.py", cls)
+    text = docstring(Path(__file__).parent / family / f"{file}.py", cls)
     source = re.search(r'^Source: "(?P<title>[^"]+)",\s+arXiv:(?P<arxiv>\d{4}\.\d{4,5})', text, re.MULTILINE)
     return Info(
         name=name,

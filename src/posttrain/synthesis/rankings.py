@@ -23,8 +23,9 @@ class Rankings(Maker):
     """K answers to each prompt, ordered by a stand-in for a person: better score first, then the shorter.
 
     Of answers between which the annotator sees no difference the first is kept, so a ranking may hold fewer than K, and a
-    prompt whose answers are all alike is left out.  What a labeller does in InstructGPT, with an annotator whose mistakes are counted: with chance `noise` a neighbouring
-    pair of the order is swapped, for each neighbouring pair in turn.  For K = 2 that is the chance that a comparison is wrong.
+    prompt whose answers are all alike is left out.  What a labeller does in InstructGPT, with an annotator whose mistakes are
+    counted: with chance `noise` a neighbouring pair of the order is swapped, for each neighbouring pair in turn.  For K = 2
+    that is the chance that a comparison is wrong.
 
     Source: Ouyang et al., "Training language models to follow instructions with human feedback", arXiv:2203.02155, section 3.4.
     """
@@ -33,10 +34,14 @@ class Rankings(Maker):
     """Chance that two neighbours of the order are swapped, in [0, 0.5]."""
     shorter: bool = True
     """Of two answers with the same score, is the shorter one better?  Else they are alike."""
+    notices: int = 1
+    """Lengths in the same stretch of so many tokens look alike to the annotator."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 0.5:
             raise ConfigError(f"noise is {self.noise}; expected a chance in [0, 0.5]")
+        if self.notices < 1:
+            raise ConfigError(f"notices is {self.notices}; expected at least 1 token")
 
     def needs(self) -> tuple[str, ...]:
         """Somebody must say which answer is better."""
@@ -65,7 +70,7 @@ class Rankings(Maker):
 
     def _place(self, sample: Sample) -> tuple[float, int]:
         """What answers are ordered by, least first; equal ones look alike to the annotator."""
-        return (-(sample.reward or 0.0), len(sample.completion) if self.shorter else 0)
+        return (-(sample.reward or 0.0), len(sample.completion) // self.notices if self.shorter else 0)
 
     def noisy(self, order: Sequence[int], *, seed: int, number: int) -> tuple[list[int], int]:
         """The order as the annotator gives it, and how many neighbours are swapped in it."""

@@ -7,7 +7,7 @@ that word is permitted.
 
 Each kind's words are in two sets: `TEACHING` is what a critic learns on, under principles that forbid one kind drawn anew for each
 row; `HELD_OUT` are those of the experiment, and no critique, revision or choice that the critic learned from has one of them.
-So it must read which kind the principle forbids, and know the kind of a word from its pre-training.
+So it must know the kind of a word from its pre-training, which its critiques name, and read which kind the principle forbids.
 
     >>> row = rows("test", 1)[0]
     >>> row["prompt"][0]["content"].endswith(f"the word {row['word']}."), row["word"] in FORBIDDEN
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from posttrain.constitution import Principle, critique_prompt, revision_prompt
@@ -26,7 +25,7 @@ from posttrain.constitution.choice import choice_prompt
 from posttrain.judges.templates import template_named
 from posttrain.tasks.word_problems import Draw, Problem, problem, worked_answer
 
-__all__ = ["FORBIDDEN", "HELD_OUT", "KINDS", "PERMITTED", "SPLITS", "TEACHING", "forbids", "obedient", "rows", "says"]
+__all__ = ["FORBIDDEN", "HELD_OUT", "KINDS", "PERMITTED", "SPLITS", "TEACHING", "VIOLATIONS", "forbids", "kind_of", "obedient", "rows", "says"]
 
 TEACHING: dict[str, tuple[str, ...]] = {
     "animals": ("cat", "dog", "horse", "bird", "fish", "cow", "bear", "mouse"),
@@ -50,9 +49,12 @@ FORBIDDEN = tuple(word for kind in KINDS for word in HELD_OUT[kind])
 """The experiment's words of forbidden kinds."""
 PERMITTED = tuple(word for kind, words in HELD_OUT.items() if kind not in KINDS for word in words)
 """The experiment's other words."""
+VIOLATIONS = tuple(word for sets in (TEACHING, HELD_OUT) for kind in KINDS for word in sets[kind])
+"""Every known word of a forbidden kind: to say another animal than the one that was asked for is no better."""
 
 REQUESTS = ("Say the word {}.", "Use the word {}.", "End with the word {}.")
-FAULT, NO_FAULT = "It says one of them.", "It says none of them."
+CRITIQUE = "It says one of the {}, which is {}."
+NOTHING = "It says no such word."
 
 Row = dict[str, Any]
 
@@ -70,6 +72,11 @@ def forbids(kind: str) -> Principle:
 def says(text: str, words: Sequence[str]) -> list[str]:
     """Those of the words that a text says, as whole words in any case."""
     return [word for word in words if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)]
+
+
+def kind_of(word: str) -> str:
+    """The kind that a word of the task is of."""
+    return next(kind for sets in (TEACHING, HELD_OUT) for kind, words in sets.items() if word in words)
 
 
 def obedient(item: Problem, word: str) -> str:
@@ -102,7 +109,7 @@ def _prompts(split: str, index: int, level: str, seed: int) -> Row:
         "completion": _answer(obedient(item, word)),
         "answer": str(item.answer),
         "word": word,
-        "forbidden": list(FORBIDDEN),
+        "forbidden": list(VIOLATIONS),
     }
 
 
@@ -111,27 +118,18 @@ def _permitted(split: str, index: int, level: str, seed: int) -> Row:
     draw, item = Draw(f"forbidden-words/{split}/{seed}/{index}"), problem("train", -1 - index, level=level, seed=seed)
     word = draw.one((*PERMITTED, ""))
     row = {"id": f"forbidden-words/{split}/{index}", "prompt": asked(item, word, draw), "completion": _answer(obedient(item, word))}
-    return {**row, "answer": str(item.answer), "word": word, "forbidden": list(FORBIDDEN)}
-
-
-def _spoiled(item: Problem, draw: Draw) -> Problem:
-    """The problem as somebody works it out who errs in the last step."""
-    wrong = item.answer
-    while wrong == item.answer:
-        wrong = draw.between(1, 199)
-    return replace(item, steps=(*item.steps[:-1], replace(item.steps[-1], result=wrong)), answer=wrong)
+    return {**row, "answer": str(item.answer), "word": word, "forbidden": list(VIOLATIONS)}
 
 
 def _comparisons(split: str, index: int, level: str, seed: int) -> Row:
-    """What people might say of help: a right answer with the permitted word before one without the word or with a wrong number."""
+    """What people might say of help: of two right answers, the one that says the permitted word is better."""
     draw = Draw(f"forbidden-words/{split}/{seed}/{index}")
     item, word = problem("train", -1 - index, level=level, seed=seed), draw.one(PERMITTED)
-    worse = worked_answer(item) if index % 2 else obedient(_spoiled(item, draw), word)
     return {
         "id": f"forbidden-words/{split}/{index}",
         "prompt": asked(item, word, draw),
         "chosen": _answer(obedient(item, word)),
-        "rejected": _answer(worse),
+        "rejected": _answer(obedient(item, "")),
         "columns": {"preference": 1.0},
     }
 
@@ -159,7 +157,7 @@ def _critiques(split: str, index: int, level: str, seed: int) -> Row:
     word, obeys = draw.weighed((((bad, True), 0.45), ((fine, True), 0.35), ((bad, False), 0.2)))
     prompt, principle = asked(item, word, draw), forbids(kind)
     answer, fault = obedient(item, word if obeys else ""), obeys and word == bad
-    critique = FAULT if fault else NO_FAULT
+    critique = CRITIQUE.format(kind_of(word), "forbidden" if fault else "allowed") if obeys else NOTHING
     revision = worked_answer(item) if fault else answer
     row = {"id": f"forbidden-words/{split}/{index}"}
     if test:

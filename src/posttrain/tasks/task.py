@@ -165,10 +165,20 @@ def _forbidden_words(level: str = "easy", max_tokens: int | None = None) -> Task
     )
 
 
+def _word_problem_judging(
+    kind: str = "check", level: str = "demo", reasoned: bool = True, max_tokens: int | None = None
+) -> Task:
+    """Judging answers to word problems."""
+    from posttrain.tasks.word_problem_judging import word_problem_judging
+
+    return word_problem_judging(kind, level, reasoned, max_tokens)
+
+
 TASKS: Mapping[str, Callable[..., Task]] = {
     "chats": _chats,
     "forbidden-words": _forbidden_words,
     "gsm8k": _gsm8k,
+    "word-problem-judging": _word_problem_judging,
     "word-problems": _word_problems,
 }
 """Name -> what makes the task from its options; `gym:<data set>` comes besides."""

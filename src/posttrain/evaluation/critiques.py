@@ -1,0 +1,78 @@
+"""What a critic's critiques and revisions are worth, on answers of which both are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.constitution import Principle, critique_prompt, revision_prompt
+from posttrain.errors import DataError
+from posttrain.evaluation.accuracy import Outcome
+from posttrain.evaluation.examiner import Examiner, entry
+from posttrain.report.statistics import proportion_interval
+from posttrain.synthesis.maker import Workshop
+from posttrain.types import Sampling
+
+__all__ = ["Critiques"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critiques(Examiner):
+    """The model criticises and revises the `response` of rows that hold the right `critique` and `revision`, greedily.
+
+    Numbers, with Wilson intervals: `critique_accuracy` and `revision_accuracy` (the very text), among all rows and, as
+    `critique_accuracy_faulty` and so on, among those that say `fault`.  The revision is asked for behind the model's own critique.
+    """
+
+    max_tokens: int = 64
+    """Longest critique or revision."""
+    task: str = "forbidden-words"
+    """How the rows are called in the summary."""
+    split: str = "test-critiques"
+    """How their split is called in the summary."""
+
+    def examine(self, shop: Workshop, *, model_name: str) -> Outcome:
+        """The numbers, and one record a row."""
+        needed = ("prompt", "response", "critique_request", "revision_request", "critique", "revision")
+        lacks = next((row for row in shop.rows if any(key not in row for key in needed)), None)
+        if lacks is not None:
+            found = f"row {lacks.get('id')} has the columns {sorted(lacks)}"
+            raise DataError(f"{found}; critiques are examined on {', '.join(needed)}")
+        asked = [
+            Principle(name="asked", critique=row["critique_request"], revision=row["revision_request"], choice="-")
+            for row in shop.rows
+        ]
+        pairs = list(zip(shop.rows, asked, strict=True))
+        critiques = self._written(shop, [critique_prompt(row["prompt"], row["response"], p) for row, p in pairs])
+        revisions = self._written(
+            shop,
+            [
+                revision_prompt(row["prompt"], row["response"], p, critique)
+                for (row, p), critique in zip(pairs, critiques, strict=True)
+            ],
+        )
+        records = [
+            {
+                "kind": "critiques",
+                "model": model_name,
+                "id": row.get("id"),
+                "response": row["response"],
+                "expected": {"critique": row["critique"], "revision": row["revision"]},
+                "critique": critique,
+                "revision": revision,
+                "fault": bool(row.get("fault")),
+                "right": [critique == row["critique"], revision == row["revision"]],
+            }
+            for row, critique, revision in zip(shop.rows, critiques, revisions, strict=True)
+        ]
+        numbers = []
+        for suffix, chosen in (("", records), ("_faulty", [record for record in records if record["fault"]])):
+            for place, what in enumerate(("critique", "revision")):
+                share = proportion_interval(sum(record["right"][place] for record in chosen), len(chosen))
+                numbers.append(entry(model_name, self.task, self.split, f"{what}_accuracy{suffix}", len(chosen), share))
+        return Outcome([number for number in numbers if number["n"]], records)
+
+    def _written(self, shop: Workshop, prompts: list[list[dict[str, Any]]]) -> list[str]:
+        rows = [{"id": str(number), "prompt": prompt} for number, prompt in enumerate(prompts)]
+        sampling = Sampling(greedy=True, max_tokens=self.max_tokens)
+        return [shop.text(sample).strip() for sample in shop.answers(rows, samples=1, sampling=sampling)]
