@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from posttrain import reads
 from posttrain.data.rows import load_rows
 from posttrain.experience import renderer_of
 from posttrain.forward import read
@@ -130,7 +129,7 @@ def trained_gaps(args: argparse.Namespace, rows: list[dict[str, Any]], fold: int
 
 def states(model: Any, samples: Sequence[Sample]) -> Tensor:
     """`[S, D]`: the hidden state at the last token of each sample."""
-    ends = Read("state", "row", lambda model, hidden, ends: hidden[ends].float())
+    ends = Read("state", "row", lambda _, hidden, ends: hidden[ends].float())
     batch = pack([replace(sample, trained=[False] * len(sample)) for sample in samples])
     out = torch.zeros(len(samples), model.hidden_size)
     with torch.no_grad():

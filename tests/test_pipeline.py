@@ -159,7 +159,7 @@ def test_only_what_is_new_is_evaluated(done: Path, small_model: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------
 # Samples, repeats, merges.
 
-PASSES = '''
+PASSES = """
 def always(answer):
     return 1.0
 
@@ -168,7 +168,7 @@ def seldom(answer):
 
 def never(answer):
     return 0.0
-'''
+"""
 
 
 @pytest.fixture
@@ -408,11 +408,22 @@ def feedback(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
                 "rewards": ["model:rm", "right*0"],
                 "run": {**short, "samples_per_prompt": 1, **drawn},
             },
-            {"name": "dpo", "train": "dpo", "data": {"mix": [{"stage": "rankings", "count": 2}, {"stage": "rankings", "skip": 6}]}, "run": short},
+            {
+                "name": "dpo",
+                "train": "dpo",
+                "data": {"mix": [{"stage": "rankings", "count": 2}, {"stage": "rankings", "skip": 6}]},
+                "run": short,
+            },
         ],
         "evaluate": [
             {"of": ["ppo"], "count": 2},
-            {"kind": "reward_pairs", "of": ["rm"], "models": {"raw": "raw"}, "data": {"stage": "rankings", "skip": 5}, "options": {"least": 1}},
+            {
+                "kind": "reward_pairs",
+                "of": ["rm"],
+                "models": {"raw": "raw"},
+                "data": {"stage": "rankings", "skip": 5},
+                "options": {"least": 1},
+            },
         ],
     }
     make(tree, folder / "out")
@@ -459,9 +470,7 @@ def test_what_rests_on_a_reward_model_is_made_again_when_it_changes(feedback: tu
         (lambda t: t["evaluate"][1].pop("data"), "'reward_pairs' needs data"),
     ],
 )
-def test_what_feedback_cannot_be_is_refused(
-    change: Any, words: str, feedback: tuple[dict[str, Any], Path], tmp_path: Path
-) -> None:
+def test_what_feedback_cannot_be_is_refused(change: Any, words: str, feedback: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     tree = json.loads(json.dumps(feedback[0]))
     change(tree)
     with pytest.raises((ConfigError, DataError), match=words):

@@ -27,6 +27,7 @@ app = typer.Typer(
     "Start with `posttrain demo`: a whole run, from a base model to a reasoner, in minutes on two cores.",
 )
 
+
 def _version(asked: bool) -> None:
     if asked:
         from posttrain import __version__
@@ -61,9 +62,7 @@ def demo(
 @app.command("run")
 def run_command(
     recipe: Annotated[str | None, typer.Argument(help="The name of a shipped recipe, or a YAML file.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="path=value changes, for instance stages.rl.run.steps=20.")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="path=value changes, for instance stages.rl.run.steps=20.")] = None,
     out: Out = None,
     small: Annotated[
         bool, typer.Option("--small", help="The recipe's small form: minutes on two cores, too short for a claim.")
@@ -126,9 +125,7 @@ def train(
     reward: Rewards = None,
     out: Out = None,
     skip_invalid: SkipInvalid = False,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train an adapter (extra 'peft'); lora.r=16 sets its fields.")
-    ] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter (extra 'peft'); lora.r=16 sets its fields.")] = False,
     own: Annotated[
         str | None,
         typer.Option("--method", help="Your own method as file.py:Class; METHOD is then its name in reports."),
@@ -178,9 +175,7 @@ def sample(
     count: Count = None,
     samples: Annotated[int, typer.Option("--samples", "-k", min=1, help="Answers to each prompt.")] = 1,
     settings: Options = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .jsonl file; standard output when left out.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .jsonl file; standard output when left out.")] = None,
     seed: Seed = 0,
     skip_invalid: SkipInvalid = False,
 ) -> None:
@@ -211,9 +206,7 @@ def evaluate(
     task: TaskOption = "word-problems",
     data: Data = None,
     count: Count = 200,
-    samples: Annotated[
-        int, typer.Option("--samples", "-k", min=0, help="Also mean@k and pass@k over k sampled answers.")
-    ] = 0,
+    samples: Annotated[int, typer.Option("--samples", "-k", min=0, help="Also mean@k and pass@k over k sampled answers.")] = 0,
     split: Annotated[str, typer.Option(help="Which of the task's splits: train, validation, test, ...")] = "test",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for evaluation.json and answers.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -228,9 +221,7 @@ def evaluate(
 
     if out is not None:
         make_folders(out)
-    outcome = evaluated(
-        model=model, task=task or "word-problems", data=data, count=count, samples=samples, split=split, seed=seed
-    )
+    outcome = evaluated(model=model, task=task or "word-problems", data=data, count=count, samples=samples, split=split, seed=seed)
     if out is not None:
         atomic_write(out / "evaluation.json", json.dumps(outcome.numbers, indent=1))
         lines = [json.dumps(record, ensure_ascii=False) for record in outcome.records]
@@ -243,9 +234,7 @@ def evaluate(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")
-    ] = "tiny",
+    model: Annotated[str, typer.Argument(help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")] = "tiny",
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -273,9 +262,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 @app.command()
 def methods(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON: name, kind, family, title, arXiv id, file.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON: name, kind, family, title, arXiv id, file.")] = False,
     name: Annotated[str | None, typer.Argument(help="One method: its docstring and its options.")] = None,
 ) -> None:
     """The methods, recipes and evaluations of this library with their sources.

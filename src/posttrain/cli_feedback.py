@@ -63,9 +63,7 @@ def decontaminate(
     ] = 0.02,
     drop_source: Annotated[bool, typer.Option("--drop-source", help="Keep no row of TRAIN where it is contaminated.")] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many rows of a task's split.")] = 1000,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The clean rows, JSONL; TRAIN.clean.jsonl when left out.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The clean rows, JSONL; TRAIN.clean.jsonl when left out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Remove training rows whose questions share long n-grams with evaluations, and say which and why.

@@ -9,9 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', 'smollm2', a model folder, a hub name, or a stage's output.")]
 Data = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Rows: a file (JSONL, JSON, CSV, Parquet), a datasets folder or hub name."),
@@ -27,9 +25,7 @@ Rewards = Annotated[
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Leave rows that are not well formed out, and count them.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
-Options = Annotated[
-    list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")
-]
+Options = Annotated[list[str] | None, typer.Argument(help="key=value settings, for instance steps=100 optimizer.lr=1e-4 beta=0.2.")]
 
 
 def percent(value: float | None) -> str:

@@ -141,7 +141,9 @@ class Desk:
         samples = []
         for number, row in enumerate(rows):
             name, columns = row_identity(row, number), _columns(row)
-            written = [as_demonstration(sample_from_json(row["samples"][place])) for place in row["ranking"]] if "samples" in row else []
+            written = (
+                [as_demonstration(sample_from_json(row["samples"][place])) for place in row["ranking"]] if "samples" in row else []
+            )
             for sample in written or self.renderer.ranking(row):
                 info = {**sample.info, **_info(row)}
                 samples.append(replace(sample, group=f"{self.step}/{number}", query=name, info=info, columns=columns))
@@ -179,9 +181,7 @@ class Desk:
         self._spent("render", began)
         return self._number(prompts)
 
-    def rollout(
-        self, rows: Sequence[Row], *, samples: int | None = None, temperature: float | None = None
-    ) -> list[Sample]:
+    def rollout(self, rows: Sequence[Row], *, samples: int | None = None, temperature: float | None = None) -> list[Sample]:
         """The policy's own answers, `samples` a row (default: the run's), grouped by row.
 
         Each rank writes the answers to its share of the rows; every rank gets them all.

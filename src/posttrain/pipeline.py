@@ -62,9 +62,7 @@ class Pipeline:
         self.plan.check()
         make_folders(self.out)
         if self.world.rank == 0:
-            atomic_write(
-                self.out / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False, allow_unicode=True)
-            )
+            atomic_write(self.out / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False, allow_unicode=True))
         for stage in self.recipe.stages:
             self.stages.append(self._stage(stage))
         asked = [(spec, name) for spec in self.recipe.evaluate for name in spec.of]

@@ -252,7 +252,11 @@ class Plan:
         has = {"start", *stage.models, *(["rewards"] if stage.rewards or self.recipe.task is not None else [])}
         lacks = [need for need in made.needs() if need not in has]
         if lacks:
-            what = "has no rewards; name some, or a task" if lacks[0] == "rewards" else f"needs a model '{lacks[0]}'; name it under models"
+            what = (
+                "has no rewards; name some, or a task"
+                if lacks[0] == "rewards"
+                else f"needs a model '{lacks[0]}'; name it under models"
+            )
             raise ConfigError(f"stage '{stage.name}': '{stage.sample}' {what}")
         return made
 
@@ -297,9 +301,7 @@ def validation(task: Any, seed: int, *, count: int = 100) -> Evaluation:
     return _of_task(task, (split, count, seed), seed=seed)
 
 
-def _of_task(
-    task: Any, rows: tuple[str, int, int], *, seed: int, samples: int = 0, max_tokens: int | None = None
-) -> Evaluation:
+def _of_task(task: Any, rows: tuple[str, int, int], *, seed: int, samples: int = 0, max_tokens: int | None = None) -> Evaluation:
     """An evaluation by a task's own rewards; `rows` are split, count and seed of its questions."""
     return Evaluation(
         task=task.name,
@@ -333,9 +335,7 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
             place = getattr(cause, "lineno", None) or traceback.extract_tb(cause.__traceback__)[-1].lineno
             raise ConfigError(f"{file} could not be run ({type(cause).__name__} at line {place}): {cause}") from cause
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise ConfigError(
-                f"{file} has no Method called '{attribute}'; expected a class that derives from posttrain.Method"
-            )
+            raise ConfigError(f"{file} has no Method called '{attribute}'; expected a class that derives from posttrain.Method")
         return build(cls, options, what=attribute)
     return build(method(name), options, what=name)
 

@@ -30,6 +30,7 @@ from posttrain.synthesis import maker_named
 VERBS = ("train", "sample", "merge", "normalise")
 """What a stage can do to make an artifact; `evaluate` stands beside the stages."""
 
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -248,9 +249,7 @@ def _check(recipe: Recipe, where: str) -> None:
     for stage in recipe.stages:
         verbs = [verb for verb in VERBS if getattr(stage, verb) is not None]
         if len(verbs) != 1:
-            raise ConfigError(
-                f"{where}: stage '{stage.name}' has verbs {verbs}; expected exactly one of {', '.join(VERBS)}"
-            )
+            raise ConfigError(f"{where}: stage '{stage.name}' has verbs {verbs}; expected exactly one of {', '.join(VERBS)}")
         if stage.name in done or not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"{where}: stage name '{stage.name}' is taken or no plain name (letters, digits, - _ .)")
         for name in (stage.start, *stage.models.values(), *_stages_of(stage), stage.built_on, *_judges_of(stage)):

@@ -67,7 +67,9 @@ def test_labels_by_checker_and_by_rollouts_and_what_reads_them(stage: Path, tmp_
     again = [[mark for mark in row["columns"]["step_label"] if mark is not None] for row in soft.rows]
     assert [each[-1] for each in again] == [1.0] * 3  # the last step's label is the answer's
     assert all(mark in (0.0, 0.5, 1.0) for each in again for mark in each)
-    wrong = [{**row, "columns": {"step_label": [0.0 if m == 1.0 else m for m in row["columns"]["step_label"]]}} for row in checked.rows]
+    wrong = [
+        {**row, "columns": {"step_label": [0.0 if m == 1.0 else m for m in row["columns"]["step_label"]]}} for row in checked.rows
+    ]
     shop.sets = {"data": [*checked.rows, *wrong]}
     outcome = StepLabelled(resamples=20).examine(shop, model_name="prm")
     found = {number["metric"]: number["value"] for number in outcome.numbers}

@@ -40,7 +40,7 @@ def test_every_maker_has_a_class_and_a_source() -> None:
         assert issubclass(cls, Maker)
         assert cls.__doc__
     assert list(MAKERS) == sorted(MAKERS)
-    with pytest.raises(ConfigError, match="no 'rankngs'.*'rankings'"):
+    with pytest.raises(ConfigError, match=r"no 'rankngs'.*'rankings'"):
         maker_named("rankngs")
 
 

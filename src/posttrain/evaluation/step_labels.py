@@ -47,8 +47,12 @@ class StepLabelled(Examiner):
         scores = step_scores(shop.model("start").model, samples, ends)
         seen = [_to_first_wrong(label) for label in labels]
         cut = [score[: len(label)] for score, label in zip(scores, seen, strict=True)]
-        flat = [(s > 0.5) == (y > 0.5) for score, label in zip(scores, labels, strict=True) for s, y in zip(score, label, strict=True)]
-        found = [first_wrong([float(s > 0.5) for s in score]) == first_wrong(label) for score, label in zip(scores, labels, strict=True)]
+        flat = [
+            (s > 0.5) == (y > 0.5) for score, label in zip(scores, labels, strict=True) for s, y in zip(score, label, strict=True)
+        ]
+        found = [
+            first_wrong([float(s > 0.5) for s in score]) == first_wrong(label) for score, label in zip(scores, labels, strict=True)
+        ]
         values = {
             "auc": (len(flat), self._auc(scores, labels)),
             "auc_to_first_wrong": (sum(map(len, seen)), self._auc(cut, seen)),
@@ -63,7 +67,11 @@ class StepLabelled(Examiner):
             lines={model_name: _roc(scores, labels), "calibrated": [[0, 0], [1, 1]]},
             caption="the area under the line is the AUC; the diagonal is guessing",
         )
-        return Outcome(numbers, [_record(model_name, sample.query, *pair) for sample, *pair in zip(samples, scores, labels, strict=True)], [drawn])
+        return Outcome(
+            numbers,
+            [_record(model_name, sample.query, *pair) for sample, *pair in zip(samples, scores, labels, strict=True)],
+            [drawn],
+        )
 
     def _auc(self, scores: Sequence[Sequence[float]], labels: Sequence[Sequence[float]]) -> Interval:
         """With an interval from resampling answers, whose steps hang together."""

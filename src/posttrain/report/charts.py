@@ -161,9 +161,7 @@ def distribution(early: Mapping[float, int], late: Mapping[float, int], *, steps
     values = sorted({*early, *late})
     if len(values) <= FEW:  # a place for each reward, whatever lies between them
         labels: list[str] | None = [number(value) for value in values]
-        heights = [
-            [100 * counts.get(value, 0) / max(1, sum(counts.values())) for value in values] for counts in (early, late)
-        ]
+        heights = [[100 * counts.get(value, 0) / max(1, sum(counts.values())) for value in values] for counts in (early, late)]
         centres, width = [float(place) for place in range(len(values))], 1.0
     else:
         labels, edges = None, bin_edges(values)

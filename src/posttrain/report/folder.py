@@ -35,9 +35,7 @@ class RunFolder:
     versions: dict[str, str]
     stages: list[Stage]
     evaluations: list[EvaluationSummary]
-    answers: dict[
-        str, dict[str, dict[str, Any]]
-    ]  # model -> question id -> its evaluation entry; models in order of making
+    answers: dict[str, dict[str, dict[str, Any]]]  # model -> question id -> its evaluation entry; models in order of making
     recipe: str | None
     recipe_name: str
     notes: list[str] = field(default_factory=list)  # what could not be read, in words
@@ -100,8 +98,7 @@ def _summary(root: Path, notes: list[str]) -> Summary:
         missing = not (root / "summary.json").exists()
         notes.append("There is no summary.json yet: results and versions are left out." if missing else f"{error}.")
         found = [
-            StageSummary(name=stage.name, kind="train", method=None, artifact=None, seconds=None, metrics={})
-            for stage in stages
+            StageSummary(name=stage.name, kind="train", method=None, artifact=None, seconds=None, metrics={}) for stage in stages
         ]
         return Summary(name=root.resolve().name, seed=0, versions={}, stages=found, evaluations=[])
 

@@ -68,9 +68,7 @@ class Journal:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         if resume_step is not None and resume_step < 0:
-            raise ConfigError(
-                f"resume_step is {resume_step}: expected the first step to do, at least 0, or None for a new run"
-            )
+            raise ConfigError(f"resume_step is {resume_step}: expected the first step to do, at least 0, or None for a new run")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stage = self.folder.name if stage is None else stage
@@ -105,10 +103,7 @@ class Journal:
                 tracker.log(step, numbers)
             except Exception as error:  # a dashboard's failure is never the run's
                 self._trackers.remove(tracker)
-                _warn(
-                    f"{type(tracker).__name__} failed ({error}) and gets no more numbers; metrics.jsonl is still "
-                    "written."
-                )
+                _warn(f"{type(tracker).__name__} failed ({error}) and gets no more numbers; metrics.jsonl is still written.")
 
     def samples(
         self, step: int, samples: Sequence[Sample], decode: Callable[[list[int]], str], *, count: int | None = None
@@ -136,9 +131,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -231,9 +224,7 @@ class _Lines:
 
     def _open(self) -> bool:
         try:
-            self._file = os.open(
-                self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644
-            )
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         except OSError as error:
             self._failed(error)
             return False

@@ -114,9 +114,7 @@ class Live:
         self._said.add(kind)
         self._print(f"! {warning}", style="yellow")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._display is not None:
             self._display.__exit__(kind, error, trace)
             self._display = None

@@ -46,12 +46,8 @@ METRICS = (
     Metric("learning_rate", "Learning rate", "of the first parameter group"),
     Metric("tokens_per_second", "Tokens per second", "sampled and trained, all phases", "rate"),
     Metric("empty", "Empty answers", "share of answers without a token before the stop token", "share", chart=False),
-    Metric(
-        "reward_failures", "Reward failures", "share of samples that a reward failed to judge", "share", chart=False
-    ),
-    Metric(
-        "skipped_updates", "Skipped updates", "updates left out because a gradient was not finite", "count", chart=False
-    ),
+    Metric("reward_failures", "Reward failures", "share of samples that a reward failed to judge", "share", chart=False),
+    Metric("skipped_updates", "Skipped updates", "updates left out because a gradient was not finite", "count", chart=False),
 )
 """Known metrics, in the order in which a reader wants them."""
 

@@ -52,9 +52,7 @@ class StageView:
     steps: int
     charts: list[Chart]
     phases: list[tuple[str, float, int]]  # name, seconds, whole per cent; the per cents add up to 100
-    further: list[
-        tuple[str, float, float, float, float]
-    ]  # metrics the report does not know: name, first, last, least, most
+    further: list[tuple[str, float, float, float, float]]  # metrics the report does not know: name, first, last, least, most
     warnings: list[str]
 
 
@@ -87,9 +85,7 @@ def page(run: RunFolder, *, judged: bool = False) -> str:
     import jinja2
 
     template = resources.files("posttrain.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(number=number, duration=duration, points=points)
     environment.filters["clean"] = clean
     environment.filters["marked"] = marked

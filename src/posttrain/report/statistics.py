@@ -197,18 +197,14 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     Source: Chen et al., "Evaluating Large Language Models Trained on Code", arXiv 2107.03374, equation 1.
     """
     if not 1 <= k <= n:
-        raise ConfigError(
-            f"pass@{k} from {n} answers: k must lie between 1 and the number of answers; sample at least {k}"
-        )
+        raise ConfigError(f"pass@{k} from {n} answers: k must lie between 1 and the number of answers; sample at least {k}")
     if not 0 <= correct <= n:
         raise ConfigError(f"{correct} right answers of {n}: expected a number between 0 and {n}")
     total = math.comb(n, k)
     return (total - math.comb(n - correct, k)) / total
 
 
-def pass_at_k_interval(
-    counts: Sequence[tuple[int, int]], k: int, *, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def pass_at_k_interval(counts: Sequence[tuple[int, int]], k: int, *, resamples: int = 10_000, seed: int = 0) -> Interval:
     """The mean pass@k over questions, with an interval from resampling the questions.
 
     Where every question gives exactly 0 or 1 (k = n = 1, or none solved), it is Wilson's interval; below `FEW` other
@@ -225,9 +221,7 @@ def pass_at_k_interval(
     return found if all(chance in (0, 1) for chance in chances) else found.worth_saying()
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """The mean with a percentile bootstrap interval; Wilson's where all values are 0 or 1.
 
     Args:
@@ -291,9 +285,7 @@ def student_quantile(probability: float, freedom: int) -> float:
     Source: Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3, 26.7.4 and 26.7.5.
     """
     if not 0 < probability < 1 or freedom < 1:
-        raise ConfigError(
-            f"Student's t at {probability} with {freedom} degrees of freedom: expected (0, 1) and at least 1"
-        )
+        raise ConfigError(f"Student's t at {probability} with {freedom} degrees of freedom: expected (0, 1) and at least 1")
     if probability < 0.5:
         return -student_quantile(1 - probability, freedom)
     return _upper_quantile(probability, freedom)

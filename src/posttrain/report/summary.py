@@ -94,9 +94,7 @@ def read_summary(folder: str | Path) -> Summary:
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError as error:
-        raise DataError(
-            f"'{folder}' has no summary.json: expected the folder of a run that finished a stage"
-        ) from error
+        raise DataError(f"'{folder}' has no summary.json: expected the folder of a run that finished a stage") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); write it again with write_summary") from error
     return checked(found, str(path))
@@ -118,9 +116,7 @@ def checked(found: Any, where: str) -> Summary:
                 if not _fits(key, value):
                     raise DataError(f"{where}: {part}[{number}]['{key}'] is {value!r}, expected {_EXPECTED[key]}")
     if not isinstance(found["versions"], dict):
-        raise DataError(
-            f"{where}: 'versions' is {type(found['versions']).__name__}, expected a mapping of package to version"
-        )
+        raise DataError(f"{where}: 'versions' is {type(found['versions']).__name__}, expected a mapping of package to version")
     return cast("Summary", found)
 
 

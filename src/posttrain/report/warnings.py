@@ -79,10 +79,7 @@ def not_a_number(history: History) -> str | None:
     bad = [f"{name} in {_steps(count)}" for name, count in counts.items() if count]
     if not bad:
         return None
-    return (
-        f"Not a number: {', '.join(bad)}. Lower the learning rate or train in float32, and look at the samples of "
-        "those steps."
-    )
+    return f"Not a number: {', '.join(bad)}. Lower the learning rate or train in float32, and look at the samples of those steps."
 
 
 def reward_failures(history: History) -> str | None:
@@ -296,10 +293,7 @@ def time_spent(history: History) -> str | None:
             "before the costly one."
         )
     if parts.get("wait", 0) >= 40:
-        return (
-            f"{parts['wait']} % of the time the trainer waits for samples. Add samplers, or allow a batch to be one "
-            "version old."
-        )
+        return f"{parts['wait']} % of the time the trainer waits for samples. Add samplers, or allow a batch to be one version old."
     if parts.get("other", 0) >= 30:
         return f"{parts['other']} % of the time is in no named phase. Look at data loading, saving and the disk."
     return None

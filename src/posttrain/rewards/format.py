@@ -52,9 +52,7 @@ class ThinkAnswer:
     def __call__(self, answer: Answer) -> Verdict:
         if keeps_tags(answer.text, opened=self.opened):
             return Score(1.0)
-        return (
-            Overlong() if answer.finish == "length" else Wrong(reason="the tags are missing, doubled or out of place")
-        )
+        return Overlong() if answer.finish == "length" else Wrong(reason="the tags are missing, doubled or out of place")
 
 
 @dataclass(frozen=True)

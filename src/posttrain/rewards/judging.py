@@ -40,9 +40,7 @@ class ScoreReport:
         return flat
 
 
-def answer_of(
-    sample: Sample, decode: Callable[[list[int]], str], *, stop_tokens: Collection[int] = frozenset()
-) -> Answer:
+def answer_of(sample: Sample, decode: Callable[[list[int]], str], *, stop_tokens: Collection[int] = frozenset()) -> Answer:
     """A sample as rewards see it.
 
     Args:
@@ -53,9 +51,7 @@ def answer_of(
     written = sample.completion
     shown = written[:-1] if sample.finish == "stop" and written and written[-1] in stop_tokens else written
     info = {key: value for key, value in sample.info.items() if key != "rewards"}
-    messages: list[dict[str, Any]] = next(
-        (info[key] for key in ("messages", "prompt") if isinstance(info.get(key), list)), []
-    )
+    messages: list[dict[str, Any]] = next((info[key] for key in ("messages", "prompt") if isinstance(info.get(key), list)), [])
     return Answer(
         text=decode(shown),
         prompt=decode(sample.tokens[: sample.prompt_length]),

@@ -42,9 +42,7 @@ class SoftOverlong:
 
     def __post_init__(self) -> None:
         if not 0 <= self.cushion <= self.max_tokens or self.max_tokens < 1:
-            raise ConfigError(
-                f"found max_tokens {self.max_tokens} and cushion {self.cushion}; write 0 <= cushion <= max_tokens"
-            )
+            raise ConfigError(f"found max_tokens {self.max_tokens} and cushion {self.cushion}; write 0 <= cushion <= max_tokens")
 
     def __call__(self, answer: Answer) -> float:
         return soft_overlong(answer.num_tokens, max_tokens=self.max_tokens, cushion=self.cushion)

@@ -138,8 +138,7 @@ class Process:
         self.stop()
         if os.environ.get(_MARK):
             raise LoadFailed(
-                "a reward's file started rewards of its own while it was loaded; "
-                "put what trains under `if __name__ == '__main__':`"
+                "a reward's file started rewards of its own while it was loaded; put what trains under `if __name__ == '__main__':`"
             )
         self._folder = tempfile.mkdtemp(prefix="posttrain-reward-")
         self._mark, self._owner = uuid.uuid4().hex, os.getpid()
@@ -197,9 +196,7 @@ class Process:
         }
         return {**named, **locale, **own, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
-    def _exchange(
-        self, to_send: memoryview, seconds: float, room: int
-    ) -> tuple[dict[str, Any] | InfraError, memoryview]:
+    def _exchange(self, to_send: memoryview, seconds: float, room: int) -> tuple[dict[str, Any] | InfraError, memoryview]:
         """Write what the pipe takes, drain what is printed, and wait for one line of reply.
 
         Returns the reply (or what went wrong) and what is still to be written.
@@ -253,9 +250,7 @@ def _line(unit: Sequence[Answer]) -> bytes:
         return json.dumps([asdict(replace(answer, tokens=[])) for answer in unit]).encode() + b"\n"
     except (TypeError, ValueError) as cause:
         ids = ", ".join(str(answer.info.get("id", answer.index)) for answer in unit)
-        raise DataError(
-            f"one of the rows {ids} holds a value that is not JSON, so no worker can read it: {cause}"
-        ) from cause
+        raise DataError(f"one of the rows {ids} holds a value that is not JSON, so no worker can read it: {cause}") from cause
 
 
 def _verdicts(reply: dict[str, Any] | InfraError, count: int) -> list[Verdict | None] | InfraError:

@@ -98,8 +98,7 @@ def _named(thing: Any) -> dict[str, str]:
     name, module = getattr(thing, "__qualname__", ""), sys.modules.get(getattr(thing, "__module__", ""))
     if not name or "<" in name or module is None:
         raise ConfigError(
-            f"{thing!r} has no name another process could find it by; "
-            "define it at the top level of a file, or write where='inline'"
+            f"{thing!r} has no name another process could find it by; define it at the top level of a file, or write where='inline'"
         )
     found: Any = module
     for part in name.split("."):

@@ -120,9 +120,7 @@ class Reward:
             return declared
         first = next(iter(inspect.signature(self.fn).parameters.values()), None)
         if first is None:
-            raise ConfigError(
-                f"reward '{self.name}': found a function without parameters; it takes one Answer or a list"
-            )
+            raise ConfigError(f"reward '{self.name}': found a function without parameters; it takes one Answer or a list")
         note = first.annotation
         text = "" if note is inspect.Parameter.empty else note if isinstance(note, str) else str(note)
         return reads_list(first.name, text)

@@ -127,9 +127,7 @@ class RewardRunner:
         parts = [part for part in _parts(reward, answers, self.workers) if part]
         inline = reward.where == "inline"
         processes = [None] * len(parts) if inline else self._workers_of(reward)[: len(parts)]
-        jobs = [
-            (reward, answers, part, process, verdicts, tally) for part, process in zip(parts, processes, strict=True)
-        ]
+        jobs = [(reward, answers, part, process, verdicts, tally) for part, process in zip(parts, processes, strict=True)]
         try:
             if inline or len(jobs) < 2:
                 for job in jobs:
@@ -242,8 +240,7 @@ class RewardRunner:
         printed = self.printed(reward.name)[-1000:]
         raise RewardError(
             f"reward '{reward.name}' failed on {failed} of its last {count} judgements ({rate:.0%}; allowed "
-            f"{self.max_failure_rate:.0%}). The first failure:\n{record.first}"
-            + (f"\nIt printed:\n{printed}" if printed else "")
+            f"{self.max_failure_rate:.0%}). The first failure:\n{record.first}" + (f"\nIt printed:\n{printed}" if printed else "")
         )
 
 

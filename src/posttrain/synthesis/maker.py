@@ -142,9 +142,7 @@ class Workshop:
             return list(samples)
         renderer = self.model(model).renderer
         with RewardRunner(max_failure_rate=0.5) as runner:
-            return score_everywhere(
-                self.rewards, samples, renderer, runner=runner, world=self.world, values=self.values
-            )
+            return score_everywhere(self.rewards, samples, renderer, runner=runner, world=self.world, values=self.values)
 
     def text(self, sample: Sample, *, model: str = "start") -> str:
         """What was written after the prompt, without the token that ends it."""
@@ -161,7 +159,7 @@ class Workshop:
         with counted(what, quiet=self.quiet or self.world.rank != 0) as bar:
             if bar is not None:
                 bar(0, total)
-            yield bar or (lambda done, total: None)
+            yield bar or (lambda *_: None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,9 @@ class StepLabels(Maker):
         if self.split not in SPLITTERS:
             raise ConfigError(f"split is '{self.split}'; expected one of {', '.join(SPLITTERS)}")
         if self.labels == "checked" and self.split != "sentences":
-            raise ConfigError("labels 'checked' knows the sentences of word problems alone; write labels: hard, or split: sentences")
+            raise ConfigError(
+                "labels 'checked' knows the sentences of word problems alone; write labels: hard, or split: sentences"
+            )
         if self.completions < 1:
             raise ConfigError(f"completions is {self.completions}; expected at least 1")
 

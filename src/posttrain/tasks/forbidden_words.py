@@ -25,7 +25,20 @@ from posttrain.constitution.choice import choice_prompt
 from posttrain.judges.templates import template_named
 from posttrain.tasks.word_problems import Draw, Problem, problem, worked_answer
 
-__all__ = ["FORBIDDEN", "HELD_OUT", "KINDS", "PERMITTED", "SPLITS", "TEACHING", "VIOLATIONS", "forbids", "kind_of", "obedient", "rows", "says"]
+__all__ = [
+    "FORBIDDEN",
+    "HELD_OUT",
+    "KINDS",
+    "PERMITTED",
+    "SPLITS",
+    "TEACHING",
+    "VIOLATIONS",
+    "forbids",
+    "kind_of",
+    "obedient",
+    "rows",
+    "says",
+]
 
 TEACHING: dict[str, tuple[str, ...]] = {
     "animals": ("cat", "dog", "horse", "bird", "fish", "cow", "bear", "mouse"),
