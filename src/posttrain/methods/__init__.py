@@ -109,7 +109,7 @@ def docstring(path: Path, cls: str) -> str:
     """A class's docstring, read from its source."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == cls:
-            return ast.getdocstring(node) or ""
+            return ast.get_docstring(node) or ""
     return ""
 
 

@@ -207,7 +207,7 @@ class LanguageModel:
         return raw if raw.dtype == torch.float64 else raw.float()
 
     def add_value_head(self) -> ScalarHead:
-        """The critic's head unless it is there: a reward model's own where it is one, else zero; `heads["value"](hidden [n, D])`: `[n]`."""
+        """The critic's head unless it is there: a reward model's own where it is one, else zero.  Maps hidden `[n, D]` to `[n]`."""
         head = value_head(self.hidden_size)
         if "value" not in self.heads and "reward" in self.heads:
             head.load_state_dict(self.heads["reward"].state_dict())
