@@ -468,6 +468,7 @@ def test_what_rests_on_a_reward_model_is_made_again_when_it_changes(feedback: tu
         (lambda t: t["evaluate"][1].update(kind="reward_pair"), "'reward_pair'.*'reward_pairs'"),
         (lambda t: t["evaluate"][1].update(options={"bin": 3}), "'bin'.*'bins'"),
         (lambda t: t["evaluate"][1].pop("data"), "'reward_pairs' needs data"),
+        (lambda t: t["evaluate"][0].update(rewards=["right"]), "'accuracy' asks the task and does not read rewards"),
     ],
 )
 def test_what_feedback_cannot_be_is_refused(change: Any, words: str, feedback: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def sample_metrics(samples: Sequence[Sample], part: str, *, groups: bool) -> dic
             found["parsed"] = sum(
                 not any(isinstance(verdict, unread) for verdict in sample.verdicts.values()) for sample in scored
             ) / len(scored)
-            found["signal"] = signal_share(scored)
+            if len({sample.group for sample in scored}) < len(scored):  # else nothing is compared within a group
+                found["signal"] = signal_share(scored)
             found |= reward_means(scored)
     return {f"{part}/{name}" if part else name: value for name, value in found.items()}
 

@@ -162,7 +162,10 @@ class Plan:
         return {"evaluation": self.evaluation(spec), "evaluate_every": watch.every}
 
     def evaluation(self, spec: EvaluateSpec) -> Evaluation:
-        """What an evaluation of the recipe asks, of any model."""
+        """What an evaluation of accuracy asks, of any model."""
+        unread = [key for key in ("data", "models", "rewards", "options") if getattr(spec, key)]
+        if unread:
+            raise ConfigError(f"evaluate: kind 'accuracy' asks the task and does not read {unread[0]}; it reads split and count")
         rows = (spec.split, spec.count, spec.seed)
         return _of_task(
             self.task("evaluate", spec.task), rows, samples=spec.samples, max_tokens=spec.max_tokens, seed=self.recipe.seed

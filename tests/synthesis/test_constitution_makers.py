@@ -27,6 +27,7 @@ from posttrain.synthesis.choices import Choices
 from posttrain.synthesis.maker import Workshop
 from posttrain.synthesis.revisions import Revisions
 from posttrain.tasks import task
+from posttrain.tasks.forbidden_words import NOTHING
 from posttrain.tasks.forbidden_words import rows as forbidden_rows
 from posttrain.types import Readings, Row, Sample, Sampling
 
@@ -277,14 +278,16 @@ def test_a_perfect_critic_is_perfect_and_a_blind_one_is_not(shop: Callable[..., 
         return str(row["revision"] if row["revision_request"] in prompt else row["critique"])
 
     def blind(prompt: str) -> str:
-        return "It says no forbidden word." if "Write" not in prompt else prompt.split("<|end|>")[1].partition("|>")[2]
+        return NOTHING if "Write" not in prompt else prompt.split("<|end|>")[1].partition("|>")[2]
 
     given: dict[str, Any] = {"rows": rows, "sampling": Sampling(max_tokens=64)}
     right = numbers(Critiques().examine(shop(start=perfect, **given), model_name="m"))
     assert set(right.values()) == {1.0}
     wrong = numbers(Critiques().examine(shop(start=blind, **given), model_name="m"))
+    silent = sum(row["critique"] == NOTHING for row in rows) / len(rows)
+    assert 0 < silent < 1
+    assert (wrong["critique_accuracy"], wrong["critique_accuracy_faulty"]) == (silent, 0)
     share = sum(not row["fault"] for row in rows) / len(rows)
-    assert (wrong["critique_accuracy"], wrong["critique_accuracy_faulty"]) == (share, 0)
     assert (wrong["revision_accuracy"], wrong["revision_accuracy_faulty"]) == (share, 0)
 
 

@@ -54,8 +54,9 @@ METRICS = (
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
 SHARE = re.compile(
-    r"^(accuracy|exact|parsed|truncated|format|(gold_)?pair_accuracy|prefers_longer|disagreement|violations"
-    r"|choice_accuracy|(pass|maj|best|mean|vote)@\d+)"
+    r"^(accuracy|exact|parsed|truncated|format|consistent|readable|right|last-number|(gold_)?pair_accuracy|prefers_longer"
+    r"|disagreement|violation_rate|obeyed|unanswered|(choice|critique|revision|step)_accuracy|first_error_found"
+    r"|(pass|maj|best|mean|vote).*@\d+)"
 )
 """Names of evaluation metrics that are shares, written in per cent when they lie in [0, 1]."""
 
