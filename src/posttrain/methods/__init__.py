@@ -64,6 +64,7 @@ METHODS: dict[str, str] = {
     "spin": "preference.spin:SPIN",
     "sstoken": "sft.sstoken:SsToken",
     "superhf": "policy.superhf:SuperHF",
+    "token_bradley_terry": "reward.token_pairs:TokenBradleyTerry",
 }
 """Name to `family.file:Class`, sorted by name."""
 
