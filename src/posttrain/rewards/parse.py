@@ -119,8 +119,10 @@ def _signed(sign: str, value: Fraction) -> Fraction:
 def parts_of_model_reward(spec: str) -> tuple[str, str, str]:
     """A reward that a model gives, in parts: kind, the model's name, and what follows; empty texts for other rewards.
 
-    >>> parts_of_model_reward("model:rm*0.5"), parts_of_model_reward("maths-exact")
-    (('model', 'rm', '*0.5'), ('', '', ''))
+    A judge that is named in full (`local:`, `openai:`, a function of a file) is no model of a recipe.
+
+    >>> parts_of_model_reward("model:rm*0.5"), parts_of_model_reward("judge:j?rating"), parts_of_model_reward("maths-exact")
+    (('model', 'rm', '*0.5'), ('judge', 'j', '?rating'), ('', '', ''))
     """
-    found = re.fullmatch(r"(model|judge):([^@*]+)(.*)", spec.strip())
-    return (found[1], found[2], found[3]) if found else ("", "", "")
+    found = re.fullmatch(r"(model|judge):(?!local:|openai:)([^@*?]+)(.*)", spec.strip())
+    return (found[1], found[2], found[3]) if found and ".py:" not in found[2] else ("", "", "")
