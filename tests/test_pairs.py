@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from small import PARITY, demonstrations, lines, small_run, user
 
-from posttrain.data.formats import labelled
+from posttrain.data.comparisons import labelled
 from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, DataError
 from posttrain.experience import Desk, renderer_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import nan
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.formats import ranked_pairs
+from posttrain.data.comparisons import ranked_pairs
 from posttrain.data.steps import label_column, step_columns
 from posttrain.errors import ConfigError, DataError
 from posttrain.records import sample_from_json, sample_to_json

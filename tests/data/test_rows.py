@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.formats import need, normalise, ranked_pairs
+from posttrain.data.comparisons import ranked_pairs
+from posttrain.data.formats import need, normalise
 from posttrain.data.rows import load_rows
 from posttrain.errors import ConfigError, DataError, MissingExtraError
 
