@@ -22,7 +22,8 @@ def pair(better: list[int], worse: list[int]) -> list[Sample]:
     made = []
     for answer in (better, worse):
         tokens = [1, 2, *answer]
-        made.append(Sample(tokens=tokens, origin=[3, 3] + [6] * len(answer), trained=[False, False] + [True] * len(answer), group="0"))
+        origin, trained = [3, 3] + [6] * len(answer), [False, False] + [True] * len(answer)
+        made.append(Sample(tokens=tokens, origin=origin, trained=trained, group="0"))
     return made
 
 
