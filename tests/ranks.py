@@ -43,7 +43,7 @@ def pipeline(model: Path, out: Path, world: World) -> None:
     imitated = {"name": "imitate", "train": "sft", "data": {"stage": "write"}, "run": {"steps": 2, "dtype": "float64"}}
     asked = {"of": ["base", "imitate"], "split": "test", "count": 3, "max_tokens": 4, "samples": 2}
     task = {"name": "word-problems", "level": "easy"}
-    stages = [{**sampled, "keep": "all"}, imitated]
+    stages = [{**sampled, "method": {"keep": "all"}}, imitated]
     tree = {"name": "pipeline", "model": str(model), "task": task, "stages": stages, "evaluate": [asked]}
     Pipeline(parse_recipe(tree), out, quiet=True, world=world).run()
 
