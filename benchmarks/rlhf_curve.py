@@ -55,7 +55,8 @@ def main() -> None:
         run_recipe(parse_recipe(curve(tree, tuple(args.sizes)), changes={"seed": seed}), folder)
         for number in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["evaluations"]:
             found.setdefault((number["model"], number["metric"]), []).append(number["value"])
-    shown = ("accuracy", "mean@4", "parsed", "pair_accuracy", "pair_accuracy_equal_length", "gold_pair_accuracy", "length_correlation")
+    pairs = ("pair_accuracy", "pair_accuracy_equal_length", "gold_pair_accuracy", "length_correlation")
+    shown = ("accuracy", "mean@4", "parsed", *pairs)
     for (model, metric), values in found.items():
         if metric in shown:
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
