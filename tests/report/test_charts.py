@@ -46,3 +46,10 @@ def test_a_phase_has_one_colour_in_all_stages(tmp_path: Path) -> None:
     assert set(colours) == {"render", "update", "other", "sample", "score"}
     assert all(len(some) == 1 for some in colours.values()), colours
     assert len({some.pop() for some in colours.values()}) == 5, "and no two have the same"
+
+
+def test_bars_below_zero_have_room_up_to_zero() -> None:
+    drawn = bars("Correlation", [Bar("a", -0.11, None, None), Bar("b", -0.42, None, None)], unit="number")
+    svg = base64.b64decode(drawn.light.split(",", 1)[1]).decode()
+    assert re.search(r">0[.0]*<", svg), "the axis ends at 0"
+    assert "−0.11" in svg or "-0.11" in svg

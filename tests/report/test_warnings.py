@@ -115,3 +115,9 @@ def test_rows_without_a_metric_are_no_zeros() -> None:
     history = steps(10, signal=0.5)
     history += [{"step": 10, "evaluation": 0.4}] * 6
     assert warnings_in_words(history) == []
+
+
+def test_a_falling_mean_of_a_reward_model_is_no_warning() -> None:
+    falling = {"reward": lambda step: 1.0 - 0.02 * step}
+    assert any("Reward is falling" in text for text in warnings_in_words(steps(60, **falling)))
+    assert not any("Reward is falling" in text for text in warnings_in_words(steps(60, **falling, gap=0.3)))

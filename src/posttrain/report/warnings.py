@@ -196,7 +196,9 @@ def entropy_collapse(history: History) -> str | None:
 
 
 def reward_trend(history: History) -> str | None:
-    """The last quarter's reward is below the first's, or within two standard errors of it."""
+    """The last quarter's reward is below the first's, or within two standard errors of it; of answers, not of a reward model."""
+    if history.values("gap") or history.values("width"):  # the mean of what a reward model gives is nobody's goal
+        return None
     values = history.values("reward")
     quarter = len(values) // 4
     if quarter < RECENT or history.recent("signal") == 0:  # without signal nothing else is to be said
