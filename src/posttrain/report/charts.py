@@ -92,7 +92,8 @@ def bars(title: str, entries: Sequence[Bar], *, unit: Unit, caption: str = "") -
                 color=palette.ink,
             )
         top = max(max(entry.value, entry.high or entry.value) for entry in entries)
-        axes.set_xlim(left=None if any(entry.value < 0 for entry in entries) else 0, right=max(0.0, scale * top * 1.24) or (0.0 if top < 0 else 1))
+        right = max(0.0, scale * top * 1.24) or (0.0 if top < 0 else 1)
+        axes.set_xlim(left=None if any(entry.value < 0 for entry in entries) else 0, right=right)
         if unit == "share":
             axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100 and tick <= axes.get_xlim()[1]])
         axes.set_ylim(len(entries) - 0.5, -0.5)
