@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from posttrain.data.chat import renderer_of
 from posttrain.evaluation.accuracy import Evaluation
-from posttrain.experience import renderer_of
 from posttrain.method import Optimizer
 from posttrain.methods import method
 from posttrain.models.load import load

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from posttrain.data.chat import renderer_of
 from posttrain.data.rows import load_rows
-from posttrain.experience import renderer_of
 from posttrain.forward import read
 from posttrain.method import Optimizer
 from posttrain.methods import BradleyTerry

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from small import PARITY, demonstrations, lines, small_run, user
 
+from posttrain.data.chat import renderer_of
 from posttrain.data.comparisons import labelled
-from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, DataError
-from posttrain.experience import Desk, renderer_of
+from posttrain.experience import Desk
 from posttrain.methods import DPO, KTO
 from posttrain.models.load import load
 from posttrain.pipeline import run_recipe
@@ -124,7 +124,7 @@ def test_stages_draw_anew(small_model: Path, tmp_path: Path) -> None:
 def test_the_tokens_that_were_written_are_trained_on(small_model: Path, tmp_path: Path) -> None:
     made = Pairs().make(shop(small_model, tmp_path))
     model, tokenizer = load(small_model)
-    desk = Desk(renderer_of(model, tokenizer), None, Sampling(), 1, 0, 0, World())
+    desk = Desk(renderer_of(model, tokenizer))
     samples = desk.pairs(made.rows)
     for number, row in enumerate(made.rows):
         records = (row["chosen_sample"], row["rejected_sample"])
@@ -176,7 +176,7 @@ def test_opponents_of_demonstrations(small_model: Path, tmp_path: Path) -> None:
         assert row["rejected"] == [{"role": "assistant", "content": shop(small_model, tmp_path).text(answer)}]
     model, tokenizer = load(small_model)
     renderer = renderer_of(model, tokenizer)
-    chosen, rejected = Desk(renderer, None, Sampling(), 1, 0, 0, World()).pair(made.rows[0])
+    chosen, rejected = Desk(renderer).pair(made.rows[0])
     assert chosen == renderer.completion(made.rows[0]["prompt"], made.rows[0]["chosen"], row=made.rows[0])
     assert chosen.tokens[: chosen.prompt_length] == rejected.tokens[: rejected.prompt_length]
 

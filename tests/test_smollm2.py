@@ -36,7 +36,7 @@ def metrics(stage: Path) -> list[dict[str, Any]]:
 
 def held_out(model: str) -> tuple[float, float]:
     """Mean log-probability of worked solutions that were not trained on, and of the stop tokens alone."""
-    from posttrain.experience import renderer_of
+    from posttrain.data.chat import renderer_of
     from posttrain.forward import read
     from posttrain.models.load import load
     from posttrain.pack import pack

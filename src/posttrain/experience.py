@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.comparisons import ranked_pairs
 from posttrain.data.steps import label_column, step_columns
+from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, DataError
 from posttrain.records import sample_from_json, sample_to_json
 from posttrain.types import Origin, Row, Sample, Sampler, Sampling
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Renderer
-    from posttrain.distributed.world import World
-
-
-def renderer_of(model: Any, tokenizer: Any) -> Renderer:
-    """The one renderer of a model: its template, and every token that its generation settings stop at."""
-    from posttrain.data.chat import Renderer
-
-    return Renderer(tokenizer, generation_config=getattr(model.module, "generation_config", None))
 
 
 def row_identity(row: Row, number: int) -> str:
@@ -33,9 +26,9 @@ def row_identity(row: Row, number: int) -> str:
 
 def _info(row: Row) -> dict[str, Any]:
     """What rewards and reports need of a row beside its messages."""
-    skipped = {"messages", "prompt", "completion", "chosen", "rejected", "responses", "tools", "sample", "columns"}
-    skipped |= {"chosen_sample", "rejected_sample", "ranking", "scores", "samples"}
-    return {key: value for key, value in row.items() if key not in skipped}
+    from posttrain.data.chat import RENDERED_KEYS
+
+    return {key: value for key, value in row.items() if key not in RENDERED_KEYS or key == "text"}  # a reward may read it
 
 
 def _columns(row: Row) -> dict[str, Any]:
@@ -49,12 +42,12 @@ class Desk:
     """The one implementation of `types.Writer`: what a method's `experience` turns rows into samples with."""
 
     renderer: Renderer
-    sampler: Sampler | None
-    sampling: Sampling
-    samples_per_prompt: int
-    seed: int
-    step: int
-    world: World
+    sampler: Sampler | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    samples_per_prompt: int = 1
+    seed: int = 0
+    step: int = 0
+    world: World = field(default_factory=World)
     numbered: int = 0
     """Samples of this step that have their number already."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -74,24 +67,21 @@ class Desk:
             return [as_demonstration(sample_from_json(row["sample"]))]
         return self.renderer.demonstrations(row)
 
-    def replay(self, rows: Sequence[Row]) -> list[Sample]:
-        """Demonstrations as they stand: one sample a row (one a turn where a template drops earlier thinking)."""
+    def _rendered(self, rows: Sequence[Row], make: Callable[[Row, str, dict[str, Any]], Sequence[Sample]]) -> list[Sample]:
+        """The samples that `make` gives of each row (and of its name and columns, to which it may add), one group a row."""
         began = time.perf_counter()
         samples = []
         for number, row in enumerate(rows):
-            name, columns = row_identity(row, number), _columns(row)
-            for sample in self.demonstrations(row):
-                samples.append(
-                    replace(
-                        sample,
-                        group=f"{self.step}/{number}",
-                        query=name,
-                        info={**sample.info, **_info(row)},
-                        columns=columns,
-                    )
-                )
+            name, columns, info = row_identity(row, number), _columns(row), _info(row)
+            for sample in make(row, name, columns):
+                own = {**sample.info, **info}
+                samples.append(replace(sample, group=f"{self.step}/{number}", query=name, info=own, columns=columns))
         self._spent("render", began)
         return self._number(samples)
+
+    def replay(self, rows: Sequence[Row]) -> list[Sample]:
+        """Demonstrations as they stand: one sample a row (one a turn where a template drops earlier thinking)."""
+        return self._rendered(rows, lambda row, *_: self.demonstrations(row))
 
     def pair(self, row: Row) -> list[Sample]:
         """Chosen and rejected of one row; what a policy wrote before (`chosen_sample`, `rejected_sample`) keeps its very tokens."""
@@ -118,44 +108,22 @@ class Desk:
 
     def pairs(self, rows: Sequence[Row]) -> list[Sample]:
         """Chosen and rejected, two samples a row, in this order."""
-        began = time.perf_counter()
-        samples = []
-        for number, row in enumerate(rows):
-            name, columns = row_identity(row, number), _columns(row)
-            for sample in self.pair(row):
-                samples.append(
-                    replace(
-                        sample,
-                        group=f"{self.step}/{number}",
-                        query=name,
-                        info={**sample.info, **_info(row)},
-                        columns=columns,
-                    )
-                )
-        self._spent("render", began)
-        return self._number(samples)
+        return self._rendered(rows, lambda row, *_: self.pair(row))
 
     def rankings(self, rows: Sequence[Row]) -> list[Sample]:
         """All responses of a row as one group, best first; those that a policy wrote before (`samples`) keep their very tokens."""
-        began = time.perf_counter()
-        samples = []
-        for number, row in enumerate(rows):
-            name, columns = row_identity(row, number), _columns(row)
-            written = (
-                [as_demonstration(sample_from_json(row["samples"][place])) for place in row["ranking"]] if "samples" in row else []
-            )
-            for sample in written or self.renderer.ranking(row):
-                info = {**sample.info, **_info(row)}
-                samples.append(replace(sample, group=f"{self.step}/{number}", query=name, info=info, columns=columns))
-        self._spent("render", began)
-        return self._number(samples)
+
+        def ranked(row: Row, *_: Any) -> Sequence[Sample]:
+            if "samples" in row:
+                return [as_demonstration(sample_from_json(row["samples"][place])) for place in row["ranking"]]
+            return self.renderer.ranking(row)
+
+        return self._rendered(rows, ranked)
 
     def steps(self, rows: Sequence[Row]) -> list[Sample]:
         """Worked answers with the columns `step_end` and `step_label`, `[T]`; one sample a row."""
-        began = time.perf_counter()
-        samples = []
-        for number, row in enumerate(rows):
-            name, columns = row_identity(row, number), _columns(row)
+
+        def stepped(row: Row, name: str, columns: dict[str, Any]) -> Sequence[Sample]:
             try:
                 if "step_label" in columns and "sample" in row:
                     sample = as_demonstration(sample_from_json(row["sample"]))
@@ -165,10 +133,9 @@ class Desk:
                     columns |= step_columns(len(sample), ends, row["labels"])
             except DataError as cause:
                 raise DataError(f"{name}: {cause}") from cause
-            info = {**sample.info, **_info(row)}
-            samples.append(replace(sample, group=f"{self.step}/{number}", query=name, info=info, columns=columns))
-        self._spent("render", began)
-        return self._number(samples)
+            return [sample]
+
+        return self._rendered(rows, stepped)
 
     def prompts(self, rows: Sequence[Row], copies: int) -> list[Sample]:
         """Prompts ready to be continued, `copies` of each standing together as a group."""

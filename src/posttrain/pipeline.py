@@ -184,13 +184,14 @@ class Pipeline:
 
     def _normalise(self, stage: StageSpec, folder: Path) -> dict[str, float]:
         """A reward model whose scores of some answers have mean 0 and standard deviation 1."""
-        from posttrain.experience import renderer_of
+        from posttrain.data.chat import renderer_of
+        from posttrain.experience import Desk
         from posttrain.models.load import load, save
-        from posttrain.rewards.model import normalised, samples_of
+        from posttrain.rewards.model import normalised
 
         model, tokenizer = load(self.plan.folder_of(str(stage.normalise)))
         rows = self.plan.rows(next(iter(sets_of(stage).values())), stage.name)
-        mean, std = normalised(model, samples_of(rows, renderer_of(model, tokenizer)))
+        mean, std = normalised(model, Desk(renderer_of(model, tokenizer)).replay_or_prompts(rows))
         if self.world.rank == 0:
             with atomic_folder(folder / "model") as partial:
                 save(model, tokenizer, partial)
@@ -229,7 +230,7 @@ class Pipeline:
 
     def _accuracy(self, spec: EvaluateSpec, name: str) -> Outcome:
         """Greedy and sampled answers, judged by the task."""
-        from posttrain.experience import renderer_of
+        from posttrain.data.chat import renderer_of
         from posttrain.models.load import load
 
         evaluation = self.plan.evaluation(spec)

@@ -222,7 +222,7 @@ def newest_save(out: Path) -> tuple[str, int] | None:
 
 def opened(model: str, *, writes: bool = True) -> tuple[Any, Any, Any]:
     """A model, its tokenizer and the renderer over it; a reward model that is to write is warned of."""
-    from posttrain.experience import renderer_of
+    from posttrain.data.chat import renderer_of
     from posttrain.models.load import load
 
     loaded, tokenizer = load(model)
@@ -347,10 +347,7 @@ def talk(model: str, *, system: str, temperature: float, max_tokens: int, seed: 
             break
         messages.append({"role": "user", "content": text})
         answer = sampler.sample([renderer.prompt(messages)], sampling=sampling, seed=seed, step=turn)[0]
-        written = answer.completion
-        if answer.finish == "stop" and written and written[-1] in renderer.stop_tokens:
-            written = written[:-1]
-        reply = renderer.decode(written)
+        reply = renderer.decode(answer.said(renderer.stop_tokens))
         print(f"model: {reply}" + ("  [cut]" if answer.finish == "length" else ""))
         messages.append({"role": "assistant", "content": reply})
         turn += 1
@@ -364,7 +361,6 @@ def examined(
 
     from posttrain.data.doctor import diagnose
     from posttrain.data.rows import load_rows
-    from posttrain.distributed.world import World
     from posttrain.experience import Desk
     from posttrain.opening import show_samples
 
@@ -379,7 +375,7 @@ def examined(
         tokenizer, rows, loaded.config, generation_config=getattr(loaded.module, "generation_config", None)
     )
     if rows and not any(finding.severity == "error" and "template" in finding.what for finding in findings):
-        desk = Desk(renderer, None, Sampling(), 1, 0, 0, World())
+        desk = Desk(renderer)
         pairs = all("chosen" in row for row in rows)
         show_samples(desk.replay_or_prompts(rows[:show]), tokenizer, console, rows=show, pairs=pairs, total=len(rows))
     for finding in findings:

@@ -17,9 +17,10 @@ import torch
 
 from posttrain import held_out, monitor
 from posttrain.capture import captured, restore
+from posttrain.data.chat import renderer_of
 from posttrain.distributed.world import ALONE_SECONDS, World
 from posttrain.errors import ConfigError, NumericsError
-from posttrain.experience import Desk, renderer_of
+from posttrain.experience import Desk
 from posttrain.files import atomic_folder, atomic_write, make_folders, run_lock
 from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest

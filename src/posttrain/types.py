@@ -8,7 +8,7 @@ Axes: `B` rows of a batch, `T` tokens of a row, `N` real tokens of a batch (pack
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -130,6 +130,11 @@ class Sample:
     def completion(self) -> list[int]:
         """The tokens from `prompt_length` on."""
         return self.tokens[self.prompt_length :]
+
+    def said(self, stop_tokens: Collection[int]) -> list[int]:
+        """The completion without the token that ended it, where one of `stop_tokens` did."""
+        written = self.completion
+        return written[:-1] if self.finish == "stop" and written and written[-1] in stop_tokens else written
 
     def with_(self, **changes: Any) -> Sample:
         """A copy with some fields replaced."""

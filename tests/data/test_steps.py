@@ -14,12 +14,11 @@ from posttrain import tiny
 from posttrain.data.chat import Renderer
 from posttrain.data.rows import load_rows
 from posttrain.data.steps import as_label, label_column, step_columns, written_ends
-from posttrain.distributed.world import World
 from posttrain.errors import DataError
 from posttrain.experience import Desk
 from posttrain.records import sample_to_json
 from posttrain.tasks import word_problem_steps, word_problems
-from posttrain.types import Sample, Sampling
+from posttrain.types import Sample
 
 TEMPLATES = {"chatml": toys.CHATML, "llama3": toys.LLAMA3, "mistral": toys.MISTRAL, "gemma": toys.GEMMA, "qwen3": toys.QWEN3}
 TOKENIZERS = {"byte level": byte_level, "trimmed": lambda t: byte_level(t, trim=True), "metaspace": metaspace, "words": words}
@@ -27,7 +26,7 @@ STEPS = ["So 1 + 1 is 2.", "Then é and 😀 and 3.", "The answer is 42."]
 
 
 def desk(renderer: Renderer) -> Desk:
-    return Desk(renderer, None, Sampling(), 1, 0, 0, World())
+    return Desk(renderer)
 
 
 @pytest.mark.parametrize("separator", ["\n", "\n\n", " ", ""])

@@ -80,7 +80,7 @@ def test_labels_by_checker_and_by_rollouts_and_what_reads_them(stage: Path, tmp_
 
 def _as_samples(rows: list[dict[str, object]], stage: Path) -> list[dict[str, object]]:
     """Demonstrations as if a policy had written them."""
-    from posttrain.experience import renderer_of
+    from posttrain.data.chat import renderer_of
     from posttrain.records import sample_to_json
     from posttrain.types import Origin
 

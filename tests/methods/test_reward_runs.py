@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from posttrain.cli import app
 from posttrain.data.chat import Renderer
 from posttrain.data.rows import load_rows
-from posttrain.distributed.world import World
 from posttrain.experience import Desk
 from posttrain.methods import DPO, AllPairs, BestOfK, BradleyTerry, OutcomeReward, OutcomeRewardLast, PlackettLuce, ProcessReward
 from posttrain.models.load import load
@@ -20,7 +19,6 @@ from posttrain.pack import pack, units
 from posttrain.records import sample_to_json
 from posttrain.rewards.model import step_scores
 from posttrain.run import train
-from posttrain.types import Sampling
 
 
 def judged(count: int = 8) -> list[dict[str, Any]]:
@@ -73,7 +71,7 @@ def test_in_micro_batches_with_rows_held_out(method, small_model: Path, tmp_path
 def desk(folder: Path) -> Desk:
     model, tokenizer = load(folder)
     renderer = Renderer(tokenizer, generation_config=getattr(model.module, "generation_config", None))
-    return Desk(renderer, None, Sampling(), 1, 0, 0, World())
+    return Desk(renderer)
 
 
 def test_a_ranking_stands_best_first_in_one_group(small_model: Path) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from small import demonstrations, pairs, rankings
 
+from posttrain.data.chat import renderer_of
 from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, DataError
-from posttrain.experience import Desk, renderer_of
+from posttrain.experience import Desk
 from posttrain.models.load import load, save
 from posttrain.rewards import RewardRunner, score
-from posttrain.rewards.model import normalised, reward_scores, samples_of, step_scores
+from posttrain.rewards.model import normalised, reward_scores, step_scores
 from posttrain.rewards.named import named_rewards
 from posttrain.samplers.native import NativeSampler
 from posttrain.types import Sampling
@@ -46,7 +47,7 @@ def test_the_reward_of_a_rollout_is_the_head_at_its_last_token(folder: Path, sma
 
 def test_scores_do_not_depend_on_the_cut(folder: Path) -> None:
     model, tokenizer = load(folder)
-    samples = samples_of(pairs(6), renderer_of(model, tokenizer))
+    samples = Desk(renderer_of(model, tokenizer)).replay_or_prompts(pairs(6))
     assert reward_scores(model, samples, budget=1) == pytest.approx(reward_scores(model, samples), abs=1e-5)
     assert reward_scores(model, []) == []
     ends = [[len(sample) - 1] for sample in samples]
@@ -56,7 +57,7 @@ def test_scores_do_not_depend_on_the_cut(folder: Path) -> None:
 
 def test_a_head_is_rescaled_to_mean_0_and_deviation_1(folder: Path) -> None:
     model, tokenizer = load(folder)
-    samples = samples_of(rankings(6), renderer_of(model, tokenizer))
+    samples = Desk(renderer_of(model, tokenizer)).replay_or_prompts(rankings(6))
     before = reward_scores(model, samples)
     normalised(model, samples)
     after = torch.tensor(reward_scores(model, samples))
@@ -70,7 +71,7 @@ def test_a_head_is_rescaled_to_mean_0_and_deviation_1(folder: Path) -> None:
 def test_a_model_without_a_head_is_refused_with_what_to_do(small_model: Path) -> None:
     model, tokenizer = load(small_model)
     with pytest.raises(ConfigError, match="no reward head; train one"):
-        reward_scores(model, samples_of(pairs(1), renderer_of(model, tokenizer)))
+        reward_scores(model, Desk(renderer_of(model, tokenizer)).replay_or_prompts(pairs(1)))
 
 
 def test_a_critic_of_a_reward_model_starts_at_its_head(folder: Path) -> None:

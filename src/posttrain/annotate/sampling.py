@@ -67,10 +67,7 @@ def _answers(rows: Sequence[Row], name: str, *, samples: int, sampling: Sampling
     answers = Desk(renderer, sampler, sampling, samples, seed, step, World()).rollout(rows)
 
     def text(sample: Sample) -> str:
-        tokens = sample.completion
-        if sample.finish == "stop" and tokens and tokens[-1] in renderer.stop_tokens:
-            tokens = tokens[:-1]
-        return renderer.decode(tokens).strip().replace("\x00", "\ufffd")
+        return renderer.decode(sample.said(renderer.stop_tokens)).strip().replace("\x00", "\ufffd")
 
     return [[text(sample) for sample in answers[start : start + samples]] for start in range(0, len(answers), samples)]
 

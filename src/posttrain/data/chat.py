@@ -35,10 +35,13 @@ from posttrain.types import Origin, Row, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["PROMPT_DIFFERS", "RENDERED_KEYS", "Renderer", "row_info"]
+__all__ = ["PROMPT_DIFFERS", "RENDERED_KEYS", "Renderer", "renderer_of", "row_info"]
 
-RENDERED_KEYS = frozenset({"messages", "prompt", "completion", "chosen", "rejected", "text", "tools", "responses"})
-"""Keys of a row that become tokens; all its other JSON values go into `Sample.info`."""
+RENDERED_KEYS = frozenset(
+    {"messages", "prompt", "completion", "chosen", "rejected", "text", "tools", "responses", "ranking", "scores"}
+    | {"columns", "sample", "samples", "chosen_sample", "rejected_sample"}
+)
+"""Keys of a row that become tokens and columns, or put them in order; all its other JSON values go into `Sample.info`."""
 
 
 class Renderer:
@@ -377,3 +380,8 @@ def _labelled(tokens: list[int], origin: list[int], trained: list[bool], turn: l
         info[PROMPT_DIFFERS] = trouble
     name = str((row or {}).get("id") or (row or {}).get("_source") or "")
     return Sample(tokens=tokens, origin=origin, trained=trained, turn=turn, group=name, query=name, info=info)
+
+
+def renderer_of(model: Any, tokenizer: Any) -> Renderer:
+    """The one renderer of a model: its template, and every token that its generation settings stop at."""
+    return Renderer(tokenizer, generation_config=getattr(model.module, "generation_config", None))

@@ -10,12 +10,12 @@ pass@k            chance that one of k is right, unbiased (Chen et al., "Evaluat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
+from posttrain.evaluation.examiner import entry
 from posttrain.experience import row_identity
 from posttrain.report.statistics import Interval, pass_at_k_interval, proportion_interval, share_interval
 from posttrain.types import InfraError, Overlong, Row, Sample, Sampler, Sampling, Unparseable
@@ -138,19 +138,7 @@ class Evaluation:
         if k:
             found[f"mean@{k}"] = (n, share_interval([sum(t) / k for t in tries]))
             found[f"pass@{k}"] = (n, pass_at_k_interval([(k, sum(t)) for t in tries], k))
-        numbers = [
-            {
-                "model": name,
-                "task": self.task,
-                "split": self.split,
-                "n": count,
-                "metric": metric,
-                "value": interval.value,
-                "low": _finite(interval.low),
-                "high": _finite(interval.high),
-            }
-            for metric, (count, interval) in found.items()
-        ]
+        numbers = [entry(name, self.task, self.split, metric, count, interval) for metric, (count, interval) in found.items()]
         records = [
             {
                 "kind": "evaluation",
@@ -171,10 +159,6 @@ class Evaluation:
 
     def _right(self, sample: Sample) -> bool:
         return sample.reward is not None and sample.reward >= self.pass_mark - 1e-9
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _read(sample: Sample) -> bool:

@@ -84,7 +84,7 @@ class RewardPairs(Examiner):
     def _read(self, shop: Workshop) -> tuple[list[Pair], list[tuple[float, float]]]:
         """Every pair, and (score, length) of every answer less the means of its prompt."""
         who = shop.model("start")
-        groups = answers_of(shop.rows, Desk(who.renderer, None, shop.sampling, 1, shop.seed, 0, shop.world))
+        groups = answers_of(shop.rows, Desk(who.renderer))
         flat = [sample for group in groups for sample in group]
         models = [shop.model(name).model for name in shop.sources]
         scores = [iter(reward_scores(model, flat)) for model in models]

@@ -124,7 +124,6 @@ class LocalJudge:
 
     def write(self, prompts: Sequence[Messages], max_tokens: int) -> list[Reply]:
         """See `Judge.write`."""
-        from posttrain.rewards.judging import answer_of
         from posttrain.types import Sampling
 
         questions = [self._question(prompt).with_(index=i) for i, prompt in enumerate(prompts)]
@@ -133,7 +132,7 @@ class LocalJudge:
         sampling = Sampling(greedy=True, max_tokens=max_tokens)
         answers = self.sampler.sample([questions[i] for i in open_ones], sampling=sampling, seed=0, step=0)
         for i, answer in zip(open_ones, answers, strict=True):
-            replies[i] = Reply(text=answer_of(answer, self.renderer.decode, stop_tokens=self.renderer.stop_tokens).text)
+            replies[i] = Reply(text=self.renderer.decode(answer.said(self.renderer.stop_tokens)))
         return [reply or Reply(error="not written") for reply in replies]
 
     def _question(self, prompt: Messages) -> Sample:

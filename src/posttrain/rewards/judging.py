@@ -48,16 +48,14 @@ def answer_of(sample: Sample, decode: Callable[[list[int]], str], *, stop_tokens
         decode: Tokens to text, special tokens kept.
         stop_tokens: A last token among these is not part of the text.
     """
-    written = sample.completion
-    shown = written[:-1] if sample.finish == "stop" and written and written[-1] in stop_tokens else written
     info = {key: value for key, value in sample.info.items() if key != "rewards"}
     messages: list[dict[str, Any]] = next((info[key] for key in ("messages", "prompt") if isinstance(info.get(key), list)), [])
     return Answer(
-        text=decode(shown),
+        text=decode(sample.said(stop_tokens)),
         prompt=decode(sample.tokens[: sample.prompt_length]),
         messages=messages,
         info=info,
-        num_tokens=len(written),
+        num_tokens=len(sample.completion),
         finish=sample.finish,
         group=sample.group,
         query=sample.query or sample.group,

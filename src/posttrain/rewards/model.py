@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from posttrain import reads
-from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, DataError
 from posttrain.forward import read
 from posttrain.pack import micro_batches, pack
 from posttrain.rewards.reward import Answer
-from posttrain.types import Origin, Read, Row, Sample, View
+from posttrain.types import Origin, Read, Sample, View
 
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
-__all__ = ["RewardModel", "as_it_stands", "normalised", "opened", "reward_scores", "samples_of", "step_scores"]
+__all__ = ["RewardModel", "as_it_stands", "normalised", "opened", "reward_scores", "step_scores"]
 
 BUDGET = 8192
 """Real tokens of one forward."""
@@ -80,17 +79,6 @@ def _read(model: LanguageModel, samples: Sequence[Sample], quantity: Read, budge
     return [found[row] for row in range(len(samples))]
 
 
-def samples_of(rows: Sequence[Row], renderer: Any) -> list[Sample]:
-    """The answers of rows of any kind as they would be scored: rankings, pairs, demonstrations, or what a policy wrote."""
-    from posttrain.experience import Desk
-    from posttrain.types import Sampling
-
-    desk = Desk(renderer, None, Sampling(), 1, 0, 0, World())
-    if all("ranking" in row for row in rows):
-        return desk.rankings(rows)
-    return desk.replay_or_prompts(rows)
-
-
 @torch.no_grad()
 def normalised(model: LanguageModel, samples: Sequence[Sample]) -> tuple[float, float]:
     """Rescale a reward head so that these answers score 0 on average with standard deviation 1; the order stays.
@@ -116,13 +104,13 @@ def normalised(model: LanguageModel, samples: Sequence[Sample]) -> tuple[float, 
 @lru_cache(maxsize=4)
 def opened(folder: str, stamp: float) -> tuple[LanguageModel, Any, Any]:  # noqa: ARG001
     """Model, tokenizer and renderer of a folder; read again where its weights changed (`stamp`)."""
-    from posttrain.data.chat import Renderer
+    from posttrain.data.chat import renderer_of
     from posttrain.models.load import load
 
     model, tokenizer = load(folder)
     model.use_quickest()
     model.module.requires_grad_(False)
-    return model, tokenizer, Renderer(tokenizer, generation_config=getattr(model.module, "generation_config", None))
+    return model, tokenizer, renderer_of(model, tokenizer)
 
 
 def as_it_stands(answer: Answer, renderer: Any) -> Sample:

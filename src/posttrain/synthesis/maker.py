@@ -93,7 +93,7 @@ class Workshop:
         return self._opened[name]
 
     def _open(self, name: str) -> Opened:
-        from posttrain.experience import renderer_of
+        from posttrain.data.chat import renderer_of
         from posttrain.models.load import load
         from posttrain.samplers.native import NativeSampler
 
@@ -146,10 +146,8 @@ class Workshop:
 
     def text(self, sample: Sample, *, model: str = "start") -> str:
         """What was written after the prompt, without the token that ends it."""
-        from posttrain.rewards.judging import answer_of
-
         renderer = self.model(model).renderer
-        return answer_of(sample, renderer.decode, stop_tokens=renderer.stop_tokens).text
+        return renderer.decode(sample.said(renderer.stop_tokens))
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:

@@ -44,9 +44,7 @@ SPLITTERS: Mapping[str, Callable[[str], list[int]]] = {"sentences": step_ends, "
 def ends_of_steps(sample: Sample, renderer: Renderer, split: Callable[[str], list[int]]) -> list[int]:
     """`[K]`: the place in the sample of the token that completes each step; the token that ends the answer belongs to none."""
     first = sample.prompt_length
-    written = sample.completion
-    if sample.finish == "stop" and written and written[-1] in renderer.stop_tokens:
-        written = written[:-1]
+    written = sample.said(renderer.stop_tokens)
     ends = split(renderer.decode(written))
     return [first + place for place in written_ends(written, ends, renderer.decode)] if ends else []
 
