@@ -23,7 +23,7 @@ from posttrain.report.summary import read_summary
 from posttrain.run import train
 from posttrain.synthesis.maker import Workshop
 from posttrain.synthesis.opponents import Opponents, as_prompt
-from posttrain.synthesis.pairs import Pairs, draw_of
+from posttrain.synthesis.pairs import Pairs
 from posttrain.types import Origin, Sample, Sampling
 
 
@@ -116,7 +116,7 @@ def test_what_pairs_refuse(small_model: Path, tmp_path: Path) -> None:
 
 def test_stages_draw_anew(small_model: Path, tmp_path: Path) -> None:
     one, other = (shop(small_model, tmp_path, folder=tmp_path / name) for name in ("pairs-1", "pairs-2"))
-    assert draw_of(one) != draw_of(other)
+    assert one.draw != other.draw
     assert Pairs().make(one).rows == Pairs().make(shop(small_model, tmp_path, folder=tmp_path / "pairs-1")).rows
     assert Pairs().make(one).rows != Pairs().make(other).rows
 

@@ -75,6 +75,17 @@ def uniform(seed: int, step: int, index: Tensor, position: Tensor, draws: int = 
     return _shifted(_mixed(state), 11).to(torch.float64) * 2.0**-53
 
 
+def single(seed: int, number: int, *, stream: int, step: int = 0) -> float:
+    """One uniform number in [0, 1) for the `number`-th of something."""
+    return float(uniform(seed, step, torch.tensor([number]), torch.tensor([0]), stream=stream))
+
+
+def shuffled(seed: int, number: int, count: int, *, stream: int, step: int = 0) -> list[int]:
+    """The places 0 to `count` - 1 in an order drawn for the `number`-th of something."""
+    places = torch.arange(count)
+    return list(uniform(seed, step, torch.full_like(places, number), places, stream=stream).argsort().tolist())
+
+
 def categorical(probabilities: Tensor, draws: Tensor) -> Tensor:
     """Draws from rows of probabilities by inversion.
 

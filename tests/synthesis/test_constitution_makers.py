@@ -302,7 +302,7 @@ def test_choices_are_right_when_the_best_response_is_the_most_probable(
         return [math.log(0.7 if response in best else 0.2) for response in shown]
 
     given = shop(rows)
-    monkeypatch.setattr("posttrain.evaluation.choices.judge_of", lambda shop, name: ScriptedJudge(knows))
+    monkeypatch.setattr(Workshop, "judge", lambda shop, name: ScriptedJudge(knows))
     found = numbers(ChoiceExam().examine(given, model_name="m"))
     assert found == {
         "choice_accuracy": 1,
@@ -311,7 +311,7 @@ def test_choices_are_right_when_the_best_response_is_the_most_probable(
         "neither": pytest.approx(0.1),
     }
     blind = ScriptedJudge(lambda text, options: [-0.1, -3.0])
-    monkeypatch.setattr("posttrain.evaluation.choices.judge_of", lambda shop, name: blind)
+    monkeypatch.setattr(Workshop, "judge", lambda shop, name: blind)
     found = numbers(ChoiceExam().examine(given, model_name="m"))
     assert (found["choice_accuracy"], found["consistency"]) == (0, 0)  # it looks at the letter alone
     with pytest.raises(DataError, match="choices are examined on prompt, responses, best, choice_question"):

@@ -11,7 +11,6 @@ from posttrain.evaluation.accuracy import Outcome
 from posttrain.evaluation.examiner import Examiner, entry
 from posttrain.judges.templates import template_named
 from posttrain.report.statistics import Interval, proportion_interval
-from posttrain.synthesis.choices import judge_of
 from posttrain.synthesis.maker import Workshop
 
 __all__ = ["Choices"]
@@ -42,7 +41,7 @@ class Choices(Examiner):
         for row in shop.rows:
             principle = Principle(name="asked", critique="-", revision="-", choice=row["choice_question"])
             cases.append(Case(row["prompt"], tuple(row["responses"]), principle))
-        choices = choose(judge_of(shop, "start"), cases, template_named(self.template))
+        choices = choose(shop.judge("start"), cases, template_named(self.template))
         read = [(row, choice) for row, choice in zip(shop.rows, choices, strict=True) if choice.p]
         n = len(read)
         right = sum(max(choice.p) == choice.p[row["best"]] > 1 / len(choice.p) for row, choice in read)

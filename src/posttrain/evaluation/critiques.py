@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.constitution import Principle, critique_prompt, revision_prompt
 from posttrain.errors import DataError
@@ -11,7 +10,6 @@ from posttrain.evaluation.accuracy import Outcome
 from posttrain.evaluation.examiner import Examiner, entry
 from posttrain.report.statistics import proportion_interval
 from posttrain.synthesis.maker import Workshop
-from posttrain.types import Sampling
 
 __all__ = ["Critiques"]
 
@@ -43,14 +41,13 @@ class Critiques(Examiner):
             for row in shop.rows
         ]
         pairs = list(zip(shop.rows, asked, strict=True))
-        critiques = self._written(shop, [critique_prompt(row["prompt"], row["response"], p) for row, p in pairs])
-        revisions = self._written(
-            shop,
-            [
-                revision_prompt(row["prompt"], row["response"], p, critique)
-                for (row, p), critique in zip(pairs, critiques, strict=True)
-            ],
-        )
+        prompts = [critique_prompt(row["prompt"], row["response"], p) for row, p in pairs]
+        critiques = [text for text, _ in shop.texts(prompts, max_tokens=self.max_tokens)]
+        prompts = [
+            revision_prompt(row["prompt"], row["response"], asked_by, critique)
+            for (row, asked_by), critique in zip(pairs, critiques, strict=True)
+        ]
+        revisions = [text for text, _ in shop.texts(prompts, max_tokens=self.max_tokens)]
         records = [
             {
                 "kind": "critiques",
@@ -71,8 +68,3 @@ class Critiques(Examiner):
                 share = proportion_interval(sum(record["right"][place] for record in chosen), len(chosen))
                 numbers.append(entry(model_name, self.task, self.split, f"{what}_accuracy{suffix}", len(chosen), share))
         return Outcome([number for number in numbers if number["n"]], records)
-
-    def _written(self, shop: Workshop, prompts: list[list[dict[str, Any]]]) -> list[str]:
-        rows = [{"id": str(number), "prompt": prompt} for number, prompt in enumerate(prompts)]
-        sampling = Sampling(greedy=True, max_tokens=self.max_tokens)
-        return [shop.text(sample).strip() for sample in shop.answers(rows, samples=1, sampling=sampling)]

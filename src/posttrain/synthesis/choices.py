@@ -10,21 +10,10 @@ from typing import Any, Literal
 from posttrain.constitution import drawn, load_constitution
 from posttrain.constitution.choice import Case, Choice, choose, ranked
 from posttrain.errors import ConfigError
-from posttrain.judges.cache import CachedJudge
-from posttrain.judges.local import LocalJudge
 from posttrain.judges.probabilities import clamped
 from posttrain.judges.templates import template_named
-from posttrain.records import sample_to_json
-from posttrain.synthesis.maker import Made, Maker, Workshop
-from posttrain.synthesis.pairs import draw_of, message
-from posttrain.synthesis.revisions import identity
+from posttrain.synthesis.maker import Made, Maker, Workshop, grouped
 from posttrain.types import Sample
-
-
-def judge_of(shop: Workshop, name: str) -> LocalJudge:
-    """A model of the stage as a judge."""
-    opened = shop.model(name)
-    return LocalJudge(opened.model, opened.tokenizer, opened.renderer, opened.sampler, opened.source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +52,9 @@ class Choices(Maker):
 
     def make(self, shop: Workshop) -> Made:
         """Answer, compare, order."""
-        if shop.samples < 2:
-            raise ConfigError(f"choices compare the answers to one prompt: samples is {shop.samples}, expected at least 2")
-        draw = draw_of(shop)
-        groups: dict[str, list[Sample]] = {}
-        for sample in shop.answers(shop.rows, step=draw):
-            groups.setdefault(sample.group, []).append(sample)
+        shop.need_several("choices compare")
         answered, single = [], 0
-        for samples in groups.values():
+        for samples in grouped(shop.answers(shop.rows, step=shop.draw)):
             different: dict[str, Sample] = {}
             for sample in samples:
                 if shop.text(sample).strip():
@@ -79,26 +63,24 @@ class Choices(Maker):
                 answered.append(list(different.values()))
             else:
                 single += 1
-        principles = drawn(load_constitution(self.constitution), len(answered), seed=shop.seed, step=draw)
+        principles = drawn(load_constitution(self.constitution), len(answered), seed=shop.seed, step=shop.draw)
         cases = [
             Case(samples[0].info["prompt"], tuple(shop.text(sample) for sample in samples), principle)
             for samples, principle in zip(answered, principles, strict=True)
         ]
-        file = f"replies-{shop.world.rank}.jsonl"
-        judge = CachedJudge(judge_of(shop, "judge"), shop.folder / "judge", file)
         with shop.progress("choices", len(cases)):
-            choices = choose(judge, cases, template_named(self.template))
+            choices = choose(shop.cached(shop.judge("judge")), cases, template_named(self.template))
         return self._made(shop, answered, cases, choices, single)
 
     def _made(
         self, shop: Workshop, answered: Sequence[Sequence[Sample]], cases: Sequence[Case], choices: Sequence[Choice], single: int
     ) -> Made:
         rows: list[dict[str, Any]] = []
-        start, judge = identity(shop.model()), identity(shop.model("judge"))
+        start, judge = shop.model().identity, shop.model("judge").identity
         records = []
         for samples, case, choice in zip(answered, cases, choices, strict=True):
             if choice.p:
-                rows += self._pairs(samples, case, choice) if self.output == "pairs" else [_ranking(samples, case, choice)]
+                rows += self._rows(shop, samples, choice)
             records.append(
                 {
                     "id": samples[0].query,
@@ -130,34 +112,15 @@ class Choices(Maker):
         }
         return Made(rows, metrics, {"judgements": records})
 
-    def _pairs(self, samples: Sequence[Sample], case: Case, choice: Choice) -> list[dict[str, Any]]:
-        """Every two answers, the more probable one chosen."""
+    def _rows(self, shop: Workshop, samples: Sequence[Sample], choice: Choice) -> list[dict[str, Any]]:
+        """All answers of a prompt by their probability, or every two of them, the more probable one chosen."""
+        order = ranked(choice.p)
+        if self.output == "rankings":
+            return [shop.ranking(samples, order, probabilities=list(choice.p))]
         rows = []
-        for i, j in itertools.combinations(ranked(choice.p), 2):
+        for i, j in itertools.combinations(order, 2):
             preference = clamped(choice.p[i] / (choice.p[i] + choice.p[j]), 1 - self.clamp, self.clamp)
-            if preference < self.least:
-                continue
-            rows.append(
-                {
-                    "id": f"{samples[i].query}#{i}-{j}",
-                    "prompt": case.prompt,
-                    "chosen": message(case.responses[i]),
-                    "rejected": message(case.responses[j]),
-                    "columns": {"preference": preference},
-                    "chosen_sample": sample_to_json(samples[i]),
-                    "rejected_sample": sample_to_json(samples[j]),
-                }
-            )
+            if preference >= self.least:
+                name = f"{samples[i].query}#{i}-{j}"
+                rows.append(shop.pair(samples[i], samples[j], id=name, columns={"preference": preference}))
         return rows
-
-
-def _ranking(samples: Sequence[Sample], case: Case, choice: Choice) -> dict[str, Any]:
-    """All answers of a prompt, in the order of their probability."""
-    return {
-        "id": samples[0].query,
-        "prompt": case.prompt,
-        "responses": [message(text) for text in case.responses],
-        "ranking": ranked(choice.p),
-        "probabilities": list(choice.p),
-        "samples": [sample_to_json(sample) for sample in samples],
-    }

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from posttrain.errors import ConfigError, DataError
 from posttrain.judges.verdicts import verdict_alone, verdict_in
-from posttrain.random import uniform
+from posttrain.random import single
 from posttrain.records import sample_to_json
 from posttrain.synthesis.maker import Made, Maker, Workshop
-from posttrain.synthesis.pairs import draw_of
 from posttrain.types import Row, Sample
 
 KEPT, DIRECT = 54, 55
@@ -58,7 +55,7 @@ class Judgements(Maker):
         for row in inputs:
             if "answer" not in row or not row.get("labels"):
                 raise DataError(f"a row to judge has {sorted(row)}; expected 'answer', its gold verdict, and 'labels'")
-        written = shop.answers(inputs, step=draw_of(shop))
+        written = shop.answers(inputs, step=shop.draw)
         groups = [written[at : at + shop.samples] for at in range(0, len(written), shop.samples)]
         found, rates, unparsed = [], [], 0
         for number, (row, group) in enumerate(zip(inputs, groups, strict=True)):
@@ -67,9 +64,9 @@ class Judgements(Maker):
             unparsed += verdicts.count(None)
             right = [verdict == str(row["answer"]) for verdict in verdicts]
             rates.append(sum(right) / len(right))
-            kept = keep_one(right, _drawn(shop.seed, number, KEPT))
+            kept = keep_one(right, single(shop.seed, number, stream=KEPT))
             if kept is not None:
-                alone = _drawn(shop.seed, number, DIRECT) < self.direct
+                alone = single(shop.seed, number, stream=DIRECT) < self.direct
                 found.append((rates[-1], alone, self.target(shop, row, group[kept], labels, alone=alone)))
         order = curriculum([rate for rate, _, _ in found])
         rows = [{**found[i][2], "pass_rate": found[i][0]} for i in order]
@@ -126,11 +123,6 @@ def rollout_batches(tasks: Sequence[str], batches: int) -> list[list[int]]:
         for number, part in enumerate(parts):
             part += places[number * len(places) // batches : (number + 1) * len(places) // batches]
     return [sorted(part) for part in parts]
-
-
-def _drawn(seed: int, number: int, stream: int) -> float:
-    zero = torch.zeros(1, dtype=torch.int64)
-    return float(uniform(seed, 0, zero + number, zero, stream=stream))
 
 
 def _share(rates: Sequence[float], rate: float) -> float:

@@ -6,23 +6,27 @@ who answers and judges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from posttrain.distributed.world import World
 from posttrain.errors import ConfigError, nearest
+from posttrain.records import sample_to_json
 from posttrain.types import Row, Sample, Sampling
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Renderer
+    from posttrain.judges.cache import CachedJudge
+    from posttrain.judges.judge import Judge
     from posttrain.models.model import LanguageModel
     from posttrain.rewards.reward import Reward
     from posttrain.samplers.native import NativeSampler
 
-__all__ = ["Made", "Maker", "Opened", "Workshop"]
+__all__ = ["Made", "Maker", "Opened", "Workshop", "grouped", "message"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Opened:
     tokenizer: Any
     renderer: Renderer
     sampler: NativeSampler
+
+    @property
+    def identity(self) -> str:
+        """A model as records name it: where it came from, and a digest of its weights."""
+        return f"{self.source}@{self.model.fingerprint()[:12]}"
 
 
 @dataclass
@@ -78,6 +87,16 @@ class Workshop:
     def rows(self) -> list[Row]:
         """The first set of rows."""
         return next(iter(self.sets.values()))
+
+    @property
+    def draw(self) -> int:
+        """The step under which a stage's answers are drawn: stages of one recipe share a seed, and each must draw anew."""
+        return crc32(self.folder.name.encode())
+
+    def need_several(self, what: str) -> None:
+        """Raises ConfigError where a prompt has one answer, and there is nothing to compare."""
+        if self.samples < 2:
+            raise ConfigError(f"{what} the answers to one prompt: samples is {self.samples}, expected at least 2")
 
     def model(self, name: str = "start") -> Opened:
         """A model of the stage, loaded once.
@@ -149,6 +168,68 @@ class Workshop:
         renderer = self.model(model).renderer
         return renderer.decode(sample.said(renderer.stop_tokens))
 
+    def texts(
+        self,
+        prompts: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        model: str = "start",
+        max_tokens: int = 0,
+        temperature: float = 0.0,
+        step: int = 0,
+    ) -> list[tuple[str, bool]]:
+        """What a model writes to each prompt, without white space around it, and whether it was cut at the limit.
+
+        Args:
+            prompts: One conversation each.
+            model: Who writes.
+            max_tokens: Longest text; 0: as long as an answer of the stage may be.
+            temperature: 0 writes the likeliest.
+            step: As of `answers`.
+        """
+        if not prompts:
+            return []
+        limit = max_tokens or self.sampling.max_tokens
+        sampling = Sampling(temperature=temperature or 1.0, greedy=not temperature, max_tokens=limit)
+        rows = [{"id": str(number), "prompt": prompt} for number, prompt in enumerate(prompts)]
+        written = self.answers(rows, model=model, samples=1, sampling=sampling, step=step)
+        return [(self.text(sample, model=model).strip(), sample.finish == "length") for sample in written]
+
+    def judge(self, name: str) -> Judge:
+        """A model of the stage as a judge."""
+        from posttrain.judges.local import LocalJudge
+
+        who = self.model(name)
+        return LocalJudge(who.model, who.tokenizer, who.renderer, who.sampler, who.source)
+
+    def cached(self, judge: Judge) -> CachedJudge:
+        """A judge whose replies are kept in the stage's folder, so that a stage that was killed goes on."""
+        from posttrain.judges.cache import CachedJudge
+
+        return CachedJudge(judge, self.folder / "judge", f"replies-{self.world.rank}.jsonl")
+
+    def pair(self, chosen: Sample, rejected: Sample, **more: Any) -> dict[str, Any]:
+        """Two answers to a prompt as a row: texts to read, and the samples with the tokens to train on."""
+        return {
+            "id": chosen.query,
+            "prompt": chosen.info["prompt"],
+            "chosen": message(self.text(chosen)),
+            "rejected": message(self.text(rejected)),
+            "chosen_sample": sample_to_json(chosen),
+            "rejected_sample": sample_to_json(rejected),
+            **more,
+        }
+
+    def ranking(self, answers: Sequence[Sample], order: Sequence[int], **more: Any) -> dict[str, Any]:
+        """The answers to a prompt as a row, with their places from the best to the worst."""
+        return {
+            "id": answers[0].query,
+            "prompt": answers[0].info["prompt"],
+            "responses": [message(self.text(sample)) for sample in answers],
+            "ranking": list(order),
+            "samples": [sample_to_json(sample) for sample in answers],
+            **more,
+        }
+
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
         """A bar that is told `(done, total)`; nothing is shown where there is no terminal."""
@@ -171,3 +252,16 @@ class Maker:
     def make(self, shop: Workshop) -> Made:
         """New rows.  Every rank calls it and gets the same."""
         raise NotImplementedError(f"{type(self).__name__} makes nothing")
+
+
+def message(text: str) -> list[dict[str, Any]]:
+    """An answer as a list of one message."""
+    return [{"role": "assistant", "content": text}]
+
+
+def grouped(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Samples by the group they belong to, in the order in which groups appear."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    return list(groups.values())

@@ -7,8 +7,7 @@ from typing import Any
 
 from posttrain.errors import DataError
 from posttrain.records import sample_to_json
-from posttrain.synthesis.maker import Made, Maker, Workshop
-from posttrain.synthesis.pairs import draw_of, message
+from posttrain.synthesis.maker import Made, Maker, Workshop, message
 from posttrain.types import Row, Sample
 
 
@@ -61,7 +60,7 @@ class Opponents(Maker):
         """Answer, and pair with the demonstrations."""
         demonstrations = [as_prompt(row, number) for number, row in enumerate(shop.rows)]
         asked = [{key: value for key, value in row.items() if key != "completion"} for row in demonstrations]
-        answers = shop.answers(asked, step=draw_of(shop))
+        answers = shop.answers(asked, step=shop.draw)
         if self.drop_right:
             answers = shop.scored(answers)
         renderer, rows = shop.model().renderer, []

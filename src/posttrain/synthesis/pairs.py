@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from zlib import crc32
 
-import torch
-
-from posttrain.errors import ConfigError
 from posttrain.formulas.preferences import best_and_worst
-from posttrain.random import uniform
-from posttrain.records import sample_to_json
-from posttrain.synthesis.maker import Made, Maker, Workshop
+from posttrain.random import single
+from posttrain.synthesis.maker import Made, Maker, Workshop, grouped
 from posttrain.types import Sample
 
 PAIRING = 42
 """Stream of random numbers that a random rejected answer is drawn from."""
-
-
-def draw_of(shop: Workshop) -> int:
-    """The step under which a stage's answers are drawn: stages of one recipe share a seed, and each must draw anew."""
-    return crc32(shop.folder.name.encode())
-
-
-def message(text: str) -> list[dict[str, Any]]:
-    """An answer as a list of one message."""
-    return [{"role": "assistant", "content": text}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,32 +36,19 @@ class Pairs(Maker):
 
     def make(self, shop: Workshop) -> Made:
         """Answer, score, pair."""
-        if shop.samples < 2:
-            raise ConfigError(f"pairs compare the answers to one prompt: samples is {shop.samples}, expected at least 2")
-        groups: dict[str, list[Sample]] = {}
-        for sample in shop.scored(shop.answers(shop.rows, step=draw_of(shop))):
-            group = groups.setdefault(sample.group, [])
-            if sample.reward is not None and (self.truncated or sample.finish != "length"):
-                group.append(sample)
-        rows, gaps, longer = [], 0.0, 0
-        for number, answers in enumerate(groups.values()):
+        shop.need_several("pairs compare")
+        groups = grouped(shop.scored(shop.answers(shop.rows, step=shop.draw)))
+        rows: list[dict[str, Any]] = []
+        gaps, longer = 0.0, 0
+        for number, group in enumerate(groups):
+            answers = [one for one in group if one.reward is not None and (self.truncated or one.finish != "length")]
             found = self.pair(answers, seed=shop.seed, number=number)
             if found is None:
                 continue
             chosen, rejected = found
             gaps += (chosen.reward or 0.0) - (rejected.reward or 0.0)
             longer += len(chosen.completion) > len(rejected.completion)
-            rows.append(
-                {
-                    "id": chosen.query,
-                    "prompt": chosen.info["prompt"],
-                    "chosen": message(shop.text(chosen)),
-                    "rejected": message(shop.text(rejected)),
-                    "scores": [chosen.reward, rejected.reward],
-                    "chosen_sample": sample_to_json(chosen),
-                    "rejected_sample": sample_to_json(rejected),
-                }
-            )
+            rows.append(shop.pair(chosen, rejected, scores=[chosen.reward, rejected.reward]))
         number = max(1, len(rows))
         shares = {"kept": len(rows) / max(1, len(groups)), "gap": gaps / number, "chosen_longer": longer / number}
         return Made(rows, {"prompts": float(len(groups)), "pairs": float(len(rows)), **shares})
@@ -90,8 +62,7 @@ class Pairs(Maker):
         best, worst = found
         if self.rejected == "random":
             lower = [i for i, score in enumerate(scores) if score < scores[best] - 1e-8]
-            zero = torch.zeros(1, dtype=torch.int64)
-            worst = lower[int(float(uniform(seed, 0, zero + number, zero, stream=PAIRING)) * len(lower))]
+            worst = lower[int(single(seed, number, stream=PAIRING) * len(lower))]
         if answers[best].completion == answers[worst].completion:  # a judge of two minds
             return None
         return answers[best], answers[worst]

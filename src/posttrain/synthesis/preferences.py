@@ -7,19 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-
 from posttrain.errors import ConfigError, RewardError
 from posttrain.judges.ask import RATIONALE_TOKENS, Comparison, Selection, select, tournament
 from posttrain.judges.cache import CachedJudge
 from posttrain.judges.judge import judge_named
-from posttrain.judges.local import LocalJudge
 from posttrain.judges.probabilities import agreement, mean_wins
 from posttrain.judges.templates import conversation, template_named
-from posttrain.random import uniform
-from posttrain.records import sample_to_json
+from posttrain.random import shuffled
 from posttrain.synthesis.maker import Made, Maker, Workshop
-from posttrain.synthesis.pairs import draw_of, message
 from posttrain.types import Sample
 
 PRINCIPLE = 53
@@ -83,9 +78,8 @@ class Preferences(Maker):
 
     def make(self, shop: Workshop) -> Made:
         """Answer, compare, pair."""
-        if shop.samples < 2:
-            raise ConfigError(f"a judge compares the answers to one prompt: samples is {shop.samples}, expected at least 2")
-        answers = shop.scored(shop.answers(shop.rows, step=draw_of(shop)))
+        shop.need_several("a judge compares")
+        answers = shop.scored(shop.answers(shop.rows, step=shop.draw))
         groups = [group for group in self.groups(answers) if len(group) > 1]
         judge = self.opened(shop)
         judged = self.judged(shop, judge, groups)
@@ -107,12 +101,8 @@ class Preferences(Maker):
 
     def opened(self, shop: Workshop) -> CachedJudge:
         """The judge, with the replies that the stage's folder has."""
-        if self.judge in ("", "start"):
-            who = shop.model(self.judge or "judge")
-            judge: Any = LocalJudge(who.model, who.tokenizer, who.renderer, who.sampler, who.source)
-        else:
-            judge = judge_named(self.judge)
-        return CachedJudge(judge, shop.folder / "judge", f"replies-{shop.world.rank}.jsonl")
+        own = self.judge in ("", "start")
+        return shop.cached(shop.judge(self.judge or "judge") if own else judge_named(self.judge))
 
     def judged(
         self, shop: Workshop, judge: CachedJudge, groups: Sequence[Sequence[Sample]]
@@ -187,9 +177,7 @@ class Preferences(Maker):
         """The principles by which a prompt is judged; empty texts are the template's own."""
         if not self.principles:
             return [""]
-        places = torch.arange(len(self.principles))
-        keys = uniform(seed, 0, torch.full_like(places, number), places, stream=PRINCIPLE)
-        return [self.principles[i] for i in keys.argsort().tolist()[: self.ensemble]]
+        return [self.principles[i] for i in shuffled(seed, number, len(self.principles), stream=PRINCIPLE)[: self.ensemble]]
 
     def rows(self, shop: Workshop, group: Sequence[Sample], wins: Wins) -> list[dict[str, Any]]:
         """Pairs (or the ranking) of one prompt."""
@@ -198,10 +186,7 @@ class Preferences(Maker):
         if self.keep == "ranking":
             if means[order[0]] - means[order[-1]] <= max(self.threshold, TIE):
                 return []
-            answers = [message(shop.text(sample)) for sample in group]
-            written = [sample_to_json(sample) for sample in group]
-            about = {"id": group[0].query, "prompt": group[0].info["prompt"], "scores": means}
-            return [{**about, "responses": answers, "ranking": order, "samples": written}]
+            return [shop.ranking(group, order, scores=means)]
         places = [(order[0], order[-1])] if self.keep == "best" else list(itertools.combinations(range(len(group)), 2))
         found = []
         for i, j in places:
@@ -209,17 +194,8 @@ class Preferences(Maker):
             if abs(p - 0.5) <= max(self.threshold, TIE) or shop.text(group[i]) == shop.text(group[j]):
                 continue
             better, worse = (group[i], group[j]) if p > 0.5 else (group[j], group[i])
-            found.append(
-                {
-                    "id": better.query,
-                    "prompt": better.info["prompt"],
-                    "chosen": message(shop.text(better)),
-                    "rejected": message(shop.text(worse)),
-                    "chosen_sample": sample_to_json(better),
-                    "rejected_sample": sample_to_json(worse),
-                    **({"columns": {"preference": max(p, 1 - p)}} if self.soft else {}),
-                }
-            )
+            soft = {"columns": {"preference": max(p, 1 - p)}} if self.soft else {}
+            found.append(shop.pair(better, worse, **soft))
         return found
 
     def metrics(

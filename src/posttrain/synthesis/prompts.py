@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from posttrain.data.formats import need
 from posttrain.errors import ConfigError
 from posttrain.judges.templates import conversation, fenced
-from posttrain.random import uniform
+from posttrain.random import shuffled
 from posttrain.synthesis.maker import Made, Maker, Workshop
-from posttrain.synthesis.pairs import draw_of
 
 SEEDS = 56
 """Stream of random numbers that the shown prompts are drawn from."""
@@ -62,7 +59,7 @@ class Prompts(Maker):
                 break
             shown = [self.drawn(shop.seed, round_number, number, len(texts)) for number in range(-(-missing // shop.samples))]
             requests = [{"id": f"request-{i}", "prompt": self.request([texts[j] for j in part])} for i, part in enumerate(shown)]
-            for place, sample in enumerate(shop.answers(requests, step=draw_of(shop) + round_number)):
+            for place, sample in enumerate(shop.answers(requests, step=shop.draw + round_number)):
                 text, tally["written"] = shop.text(sample).strip(), tally["written"] + 1
                 found = ngrams(text, self.ngram)
                 if sample.finish == "length":
@@ -80,9 +77,7 @@ class Prompts(Maker):
 
     def drawn(self, seed: int, round_number: int, number: int, count: int) -> list[int]:
         """The seeds of one request, all different."""
-        places = torch.arange(count)
-        keys = uniform(seed, round_number, torch.full_like(places, number), places, stream=SEEDS)
-        return list(keys.argsort().tolist()[: self.shown])
+        return shuffled(seed, number, count, stream=SEEDS, step=round_number)[: self.shown]
 
     def request(self, seeds: Sequence[str]) -> list[dict[str, str]]:
         """What the start is asked."""

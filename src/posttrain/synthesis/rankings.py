@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from posttrain.errors import ConfigError
 from posttrain.random import uniform
-from posttrain.records import sample_to_json
-from posttrain.synthesis.maker import Made, Maker, Workshop
+from posttrain.synthesis.maker import Made, Maker, Workshop, grouped
 from posttrain.types import Sample
 
 ANNOTATOR = 41
@@ -49,14 +47,10 @@ class Rankings(Maker):
 
     def make(self, shop: Workshop) -> Made:
         """Answer, score, order, and err as often as the annotator does."""
-        if shop.samples < 2:
-            raise ConfigError(f"rankings order the answers to one prompt: samples is {shop.samples}, expected at least 2")
-        groups: dict[str, list[Sample]] = {}
-        for sample in shop.scored(shop.answers(shop.rows)):
-            if sample.reward is not None:
-                groups.setdefault(sample.group, []).append(sample)
+        shop.need_several("rankings order")
+        groups = grouped(sample for sample in shop.scored(shop.answers(shop.rows)) if sample.reward is not None)
         rows, swapped, compared, flat = [], 0, 0, 0
-        for number, answers in enumerate(groups.values()):
+        for number, answers in enumerate(groups):
             answers = list({self._place(sample): sample for sample in reversed(answers)}.values())[::-1]
             if len(answers) < 2:
                 continue
@@ -64,7 +58,7 @@ class Rankings(Maker):
             order, swaps = self.noisy(sorted(range(len(answers)), key=places.__getitem__), seed=shop.seed, number=number)
             swapped, compared = swapped + swaps, compared + len(order) - 1
             flat += len({sample.reward for sample in answers}) == 1
-            rows.append(_row(shop, answers, order))
+            rows.append(shop.ranking(answers, order, scores=[sample.reward for sample in answers]))
         share = {"swapped": swapped / max(1, compared), "one_score": flat / max(1, len(rows))}
         return Made(rows, {"prompts": float(len(groups)), "rankings": float(len(rows)), **share})
 
@@ -81,16 +75,3 @@ class Rankings(Maker):
                 given[place], given[place + 1] = given[place + 1], given[place]
                 swaps += 1
         return given, swaps
-
-
-def _row(shop: Workshop, answers: Sequence[Sample], order: Sequence[int]) -> dict[str, Any]:
-    """A ranking as a row: texts to read, and the samples with the tokens to train on."""
-    first = answers[0]
-    return {
-        "id": first.query,
-        "prompt": first.info["prompt"],
-        "responses": [[{"role": "assistant", "content": shop.text(sample)}] for sample in answers],
-        "ranking": list(order),
-        "scores": [sample.reward for sample in answers],
-        "samples": [sample_to_json(sample) for sample in answers],
-    }

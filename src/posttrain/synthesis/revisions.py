@@ -19,14 +19,8 @@ from posttrain.constitution import (
 )
 from posttrain.errors import ConfigError
 from posttrain.records import sample_to_json
-from posttrain.synthesis.maker import Made, Maker, Opened, Workshop
-from posttrain.synthesis.pairs import draw_of, message
-from posttrain.types import Row, Sample, Sampling
-
-
-def identity(opened: Opened) -> str:
-    """A model as records name it: where it came from, and a digest of its weights."""
-    return f"{opened.source}@{opened.model.fingerprint()[:12]}"
+from posttrain.synthesis.maker import Made, Maker, Workshop, message
+from posttrain.types import Row, Sample
 
 
 @dataclass
@@ -81,7 +75,7 @@ class Revisions(Maker):
     def make(self, shop: Workshop) -> Made:
         """Elicit, answer, and for each round criticise and revise."""
         critic = "critic" if "critic" in shop.sources else "start"
-        principles, draw = load_constitution(self.constitution), draw_of(shop)
+        principles, draw = load_constitution(self.constitution), shop.draw
         rows = self._elicited(shop, critic, principles, draw) if self.elicit else list(shop.rows)
         answers = shop.answers(rows, step=draw)
         copies = len(answers) // max(1, len(rows))
@@ -106,13 +100,7 @@ class Revisions(Maker):
 
     def _written(self, shop: Workshop, who: str, prompts: Sequence[list[dict[str, Any]]], draw: int) -> list[tuple[str, bool]]:
         """One text a prompt, and whether it was cut at the limit."""
-        limit = self.max_tokens or shop.sampling.max_tokens
-        sampling = Sampling(greedy=True, max_tokens=limit)
-        if self.temperature:
-            sampling = Sampling(temperature=self.temperature, max_tokens=limit)
-        rows = [{"id": str(number), "prompt": prompt} for number, prompt in enumerate(prompts)]
-        written = shop.answers(rows, model=who, samples=1, sampling=sampling, step=draw) if rows else []
-        return [(shop.text(sample, model=who).strip(), sample.finish == "length") for sample in written]
+        return shop.texts(prompts, model=who, max_tokens=self.max_tokens, temperature=self.temperature, step=draw)
 
     def _round(self, shop: Workshop, critic: str, pairs: Sequence[tuple[Case, Principle]], *, number: int, draw: int) -> None:
         """Criticise and revise the latest text of each case."""
@@ -124,7 +112,7 @@ class Revisions(Maker):
             for (case, principle), critique in zip(pairs, critiques, strict=True)
         ]
         revisions = self._written(shop, critic, then, draw + 1)
-        start, other = identity(shop.model()), identity(shop.model(critic))
+        start, other = shop.model().identity, shop.model(critic).identity
         for place, (case, principle) in enumerate(pairs):
             revision, cut = revisions[place]
             fault = fault_of(revision, critique=critiques[place], principle=principle, cut=cut)

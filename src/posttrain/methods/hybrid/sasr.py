@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from posttrain.errors import ConfigError
 from posttrain.method import Method, Part
 from posttrain.methods.policy.grpo import GRPO
 from posttrain.methods.sft.sft import SFT
-from posttrain.random import SWITCH, uniform
+from posttrain.random import SWITCH, single
 from posttrain.types import Batch, State, Term, View
 
 Against = Callable[[Mapping[str, Any]], float]
@@ -36,8 +34,7 @@ def study_probability(last: float, against: float, gamma: float) -> float:
 
 def shared_draw(state: State) -> float:
     """A number in [0, 1) that depends on (seed, step) alone, so that all ranks take the same branch."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    return float(uniform(state.seed, state.step, zero, zero, stream=SWITCH))
+    return single(state.seed, 0, stream=SWITCH, step=state.step)
 
 
 @dataclass(frozen=True, kw_only=True)
