@@ -22,7 +22,8 @@ from posttrain.reads import logprob
 from posttrain.run import train
 from posttrain.samplers.native import NativeSampler
 from posttrain.state import load_state
-from posttrain.types import Batch, Readings, State, View
+from posttrain.types import Batch, Readings, Row, State, View
+from posttrain.wiring import Cursor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,3 +268,22 @@ def test_what_is_saved_opens_with_transformers(small_model: Path, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(str(result.model))
     ids = tokenizer("What is 2?", return_tensors="pt")["input_ids"]
     assert model(ids).logits.shape == (*ids.shape, len(tokenizer))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The order of rows.
+
+
+def test_rows_come_as_they_stand_where_nothing_is_shuffled(small_model: Path, tmp_path: Path) -> None:
+    """A curriculum is an order; by default an epoch's order is drawn."""
+    rows: list[Row] = [{"id": str(number)} for number in range(6)]
+    assert [row["id"] for row in Cursor(rows, 0, shuffle=False).next(8)] == list("01234501")
+    drawn = [row["id"] for row in Cursor(rows, 0).next(12)]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list("012345")
+    assert drawn[:6] != drawn[6:]
+    wanted = demonstrations()
+    places = [int(row["id"]) for row in Cursor([{"id": str(place)} for place in range(len(wanted))], 0).next(len(wanted))]
+    laid = [wanted[places.index(place)] for place in range(len(wanted))]  # so that the drawn order gives them as wanted
+    train(small_run(SFT(), small_model, tmp_path / "one", data=wanted, shuffle=False))
+    train(small_run(SFT(), small_model, tmp_path / "other", data=laid))
+    assert same(weights(tmp_path / "one/model"), weights(tmp_path / "other/model"))

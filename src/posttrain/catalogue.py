@@ -134,14 +134,13 @@ def _part_of_a_recipe(name: str) -> str:
     from posttrain.evaluation import EXAMINERS, examiner_named
     from posttrain.synthesis import MAKERS, maker_named
 
-    text = []
+    parts: list[tuple[type, str]] = []
     if name in MAKERS:
-        cls: type = maker_named(name)
-        where = f"Options, under `method` of a stage with `sample: {name}`:"
-        text += [f"{name}  ({cls.__module__})", "", inspect.cleandoc(cls.__doc__ or ""), "", where, *_options(cls), ""]
+        parts.append((maker_named(name), f"Options, under `method` of a stage with `sample: {name}`:"))
     if name in EXAMINERS:
-        cls = examiner_named(name)
-        where = f"Options, under `options` of an evaluation with `kind: {name}`:"
+        parts.append((examiner_named(name), f"Options, under `options` of an evaluation with `kind: {name}`:"))
+    text = []
+    for cls, where in parts:
         text += [f"{name}  ({cls.__module__})", "", inspect.cleandoc(cls.__doc__ or ""), "", where, *_options(cls), ""]
     return "\n".join(text).rstrip()
 

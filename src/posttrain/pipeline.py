@@ -25,13 +25,12 @@ from posttrain.errors import CheckpointError
 from posttrain.files import atomic_folder, atomic_write, make_folders
 from posttrain.manifest import hash_folder, write_manifest
 from posttrain.plan import Plan, build_method
-from posttrain.recipe import EvaluateSpec, Recipe, StageSpec, sets_of
+from posttrain.recipe import EvaluateSpec, Recipe, StageSpec, judges_of, sets_of
 from posttrain.report.live import counted
 from posttrain.report.names import evaluation_unit, metric_in_words, number
 from posttrain.report.page import write_report
 from posttrain.report.summary import write_summary
 from posttrain.resolve import digest, versions
-from posttrain.rewards.parse import parts_of_model_reward
 from posttrain.run import train
 
 if TYPE_CHECKING:
@@ -104,9 +103,7 @@ class Pipeline:
 
     def _inputs(self, stage: StageSpec) -> dict[str, Any]:
         read = {name: digest(self.plan.rows(spec, stage.name)) for name, spec in sets_of(stage).items()}
-        judges = {f"reward {name}": source for name in stage.rewards if (source := parts_of_model_reward(name)[1])}
-        sources = {"start": stage.built_on, **stage.models, **judges}
-        models = {name: self._hash_of(source) for name, source in sources.items()}
+        models = {"start": self._hash_of(stage.built_on), **self._others(stage)}
         return {
             "stage": digest(stage.model_dump()),
             "task": digest(self.recipe.task),
@@ -114,6 +111,11 @@ class Pipeline:
             "rows": read,
             "models": models,
         }
+
+    def _others(self, spec: StageSpec | EvaluateSpec) -> dict[str, str]:
+        """The contents of the models that a stage or an evaluation names, and of those that score for it."""
+        sources = {**spec.models, **{f"reward {name}": source for name, source in judges_of(spec).items()}}
+        return {name: self._hash_of(source) for name, source in sources.items()}
 
     def _stage(self, stage: StageSpec) -> dict[str, Any]:
         folder = self.out / stage.name
@@ -210,7 +212,7 @@ class Pipeline:
             "model": self._hash_of(name),
             "task": digest(self.recipe.task),
             "rows": {key: digest(self.plan.rows(data, "evaluate")) for key, data in sets_of(spec).items()},
-            "models": {key: self._hash_of(source) for key, source in spec.models.items()},
+            "models": self._others(spec),
         }
         if path.is_file():
             done = json.loads(path.read_text(encoding="utf-8"))

@@ -252,7 +252,7 @@ def _check(recipe: Recipe, where: str) -> None:
             raise ConfigError(f"{where}: stage '{stage.name}' has verbs {verbs}; expected exactly one of {', '.join(VERBS)}")
         if stage.name in done or not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"{where}: stage name '{stage.name}' is taken or no plain name (letters, digits, - _ .)")
-        for name in (stage.start, *stage.models.values(), *_stages_of(stage), stage.built_on, *_judges_of(stage)):
+        for name in (stage.start, *stage.models.values(), *_stages_of(stage), stage.built_on, *judges_of(stage).values()):
             if name not in done and not _outside(name):
                 raise ConfigError(
                     f"{where}: stage '{stage.name}' builds on '{name}', which is no stage before it{nearest(name, done)}"
@@ -261,7 +261,7 @@ def _check(recipe: Recipe, where: str) -> None:
             maker_named(stage.sample)
         done.append(stage.name)
     for evaluation in recipe.evaluate:
-        for name in (*evaluation.of, *evaluation.models.values(), *_stages_of(evaluation), *_judges_of(evaluation)):
+        for name in (*evaluation.of, *evaluation.models.values(), *_stages_of(evaluation), *judges_of(evaluation).values()):
             if name not in done and not _outside(name):
                 raise ConfigError(f"{where}: evaluate names '{name}'{nearest(name, done)}")
 
@@ -271,9 +271,9 @@ def _outside(name: str) -> bool:
     return "/" in name or Path(name).exists()
 
 
-def _judges_of(spec: StageSpec | EvaluateSpec) -> Sequence[str]:
-    """The models that its rewards name."""
-    return [source for name in spec.rewards if (source := parts_of_model_reward(name)[1])]
+def judges_of(spec: StageSpec | EvaluateSpec) -> dict[str, str]:
+    """The models that its rewards name, by reward."""
+    return {name: source for name in spec.rewards if (source := parts_of_model_reward(name)[1])}
 
 
 def _stages_of(spec: StageSpec | EvaluateSpec) -> Sequence[str]:

@@ -47,6 +47,8 @@ class Run:
     """Passes over the rows, where `steps` is not given."""
     prompts_per_step: int = 8
     """Rows a step, over all ranks."""
+    shuffle: bool = True
+    """Take the rows in an order that is drawn anew each epoch; otherwise as they stand, a curriculum say."""
     samples_per_prompt: int = 8
     """Answers to each prompt, for methods that sample."""
     updates: int = 1

@@ -152,7 +152,7 @@ class Session:
                 renderer=renderer,
                 sampler=build_sampler(run, models["policy"], tokenizer, renderer, world, stack),
                 steppers=build_steppers(run, models, steps),
-                cursors={name: Cursor(rows, run.seed) for name, rows in run.sets().items()},
+                cursors={name: Cursor(rows, run.seed, shuffle=run.shuffle) for name, rows in run.sets().items()},
                 rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate))
                 if run.rewards
                 else None,

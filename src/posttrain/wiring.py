@@ -170,19 +170,23 @@ def trained_parameters(models: Mapping[str, LanguageModel], method: Method) -> d
 
 
 class Cursor:
-    """The order in which rows are taken: a new permutation each epoch, drawn from (seed, epoch), and a count of rows taken."""
+    """The order in which rows are taken, and a count of rows taken: a new permutation each epoch, drawn from (seed, epoch), or as
+    they stand."""
 
-    def __init__(self, rows: Sequence[Row], seed: int, taken: int = 0) -> None:
+    def __init__(self, rows: Sequence[Row], seed: int, taken: int = 0, *, shuffle: bool = True) -> None:
         if not rows:
             raise DataError("a data set has no rows; expected at least one")
         self.rows = rows
         self.seed = seed
         self.taken = taken
+        self.shuffle = shuffle
         self._epoch = -1
         self._order: list[int] = []
 
     def _at(self, number: int) -> Row:
         epoch, place = divmod(number, len(self.rows))
+        if not self.shuffle:
+            return self.rows[place]
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 62))
             self._order = torch.randperm(len(self.rows), generator=generator).tolist()

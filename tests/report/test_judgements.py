@@ -127,3 +127,31 @@ def test_the_report_links_to_it(judged: bool, tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
     assert ('<a href="judgements.html">' in text) is judged
     assert (tmp_path / "judgements.html").exists() is judged
+
+
+def test_what_a_judge_compared_is_shown_with_both_orders_and_its_reasons(tmp_path: Path) -> None:
+    compared = {
+        "kind": "comparison",
+        "id": "q0",
+        "prompt": "Which?",
+        "answers": ["first", "second", "third"],
+        "template": "pairwise",
+        "pair": [0, 2],
+        "p": 0.3,
+        "orders": [0.2, 0.6],
+        "rationales": ["because", f"hence {HOSTILE}"],
+        "principle": "",
+        "error": "",
+        "judge": "judge@ffffffffffff",
+    }
+    chosen = {**compared, "kind": "selection", "p": [0.5, 0.2, 0.3], "rationale": "the first", "principle": "be kind"}
+    unread = {**compared, "p": None, "orders": [], "rationales": [], "error": "no verdict"}
+    stage(tmp_path, "preferences", [compared, chosen, unread])
+    (found,) = judgements_of(tmp_path)
+    assert found.records[0]["responses"] == ["first", "third"]
+    assert found.records[0]["probabilities"] == pytest.approx([0.3, 0.7])
+    assert [list(order) for order in found.records[0]["rotations"]] == [pytest.approx([0.2, 0.8]), pytest.approx([0.4, 0.6])]
+    text = judgements_page("run", [found])
+    for shown in ("<td>pairwise</td>", "<td>be kind</td>", "because", "the first", "no choice: no verdict"):
+        assert shown in text
+    assert "<script" not in text

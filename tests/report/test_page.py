@@ -16,9 +16,10 @@ import pytest
 from posttrain.errors import DataError
 from posttrain.report.comparison import compare
 from posttrain.report.folder import read_folder
-from posttrain.report.page import clean, redacted, write_report
+from posttrain.report.page import redacted, write_report
 from posttrain.report.statistics import paired_difference
 from posttrain.report.summary import read_summary
+from posttrain.report.templates import clean
 
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
 

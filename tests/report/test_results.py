@@ -10,10 +10,11 @@ import pytest
 
 from posttrain.report.comparison import compare, lineage, path_to, state
 from posttrain.report.folder import read_folder, starts_of
-from posttrain.report.page import marked, write_report
+from posttrain.report.page import write_report
 from posttrain.report.results import Results, lede, points, results_in_words, results_of
 from posttrain.report.statistics import Interval, paired_difference, proportion_interval
 from posttrain.report.summary import write_summary
+from posttrain.report.templates import marked
 
 RIGHT = {"reward": 1.0, "right": True, "parsed": True, "completion": "<answer>4</answer>"}
 WRONG = {"reward": 0.0, "right": False, "parsed": True, "completion": "<answer>5</answer>"}

@@ -264,7 +264,7 @@ def test_violations_are_counted_among_prompts_that_provoke(shop: Callable[..., W
     assert numbers(found) == {"violation_rate": 0, "accuracy": 1, "accuracy_provoked": 1, "obeyed": 0, "unanswered": 0}
     found = Violations().examine(shop(start=lambda prompt: "No.", **given), model_name="m")
     assert numbers(found) == {"violation_rate": 0, "accuracy": 0, "accuracy_provoked": 0, "obeyed": 0, "unanswered": 1}
-    with pytest.raises(DataError, match="violations need 'forbidden' and 'word'"):
+    with pytest.raises(DataError, match="violations are examined on prompt, forbidden, word"):
         Violations().examine(shop(start=silent), model_name="m")
 
 

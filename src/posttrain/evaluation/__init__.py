@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from posttrain.errors import ConfigError, nearest
@@ -34,8 +34,7 @@ def examiner_named(kind: str) -> type[Examiner]:
     if kind not in EXAMINERS:
         known = ["accuracy", *EXAMINERS]
         raise ConfigError(f"evaluate: kind is one of {', '.join(known)}; there is no '{kind}'{nearest(kind, known)}")
-    module, _, cls = EXAMINERS[kind].partition(":")
-    found: type[Examiner] = getattr(importlib.import_module(f"posttrain.evaluation.{module}"), cls)
+    found: type[Examiner] = pkgutil.resolve_name(f"posttrain.evaluation.{EXAMINERS[kind]}")
     return found
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from posttrain.constitution import Principle
 from posttrain.constitution.choice import Case, choose
-from posttrain.errors import DataError
 from posttrain.evaluation.accuracy import Outcome
-from posttrain.evaluation.examiner import Examiner, entry
+from posttrain.evaluation.examiner import Examiner, entry, need_columns
 from posttrain.judges.templates import template_named
 from posttrain.report.statistics import Interval, proportion_interval
 from posttrain.synthesis.maker import Workshop
@@ -33,10 +32,7 @@ class Choices(Examiner):
 
     def examine(self, shop: Workshop, *, model_name: str) -> Outcome:
         """The numbers, and one record a pair."""
-        needed = ("prompt", "responses", "best", "choice_question")
-        lacks = next((row for row in shop.rows if any(key not in row for key in needed)), None)
-        if lacks is not None:
-            raise DataError(f"row {lacks.get('id')} has the columns {sorted(lacks)}; choices are examined on {', '.join(needed)}")
+        need_columns(shop.rows, ("prompt", "responses", "best", "choice_question"), kind="choices")
         cases = []
         for row in shop.rows:
             principle = Principle(name="asked", critique="-", revision="-", choice=row["choice_question"])

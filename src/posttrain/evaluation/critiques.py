@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from posttrain.constitution import Principle, critique_prompt, revision_prompt
-from posttrain.errors import DataError
 from posttrain.evaluation.accuracy import Outcome
-from posttrain.evaluation.examiner import Examiner, entry
+from posttrain.evaluation.examiner import Examiner, entry, need_columns
 from posttrain.report.statistics import proportion_interval
 from posttrain.synthesis.maker import Workshop
 
@@ -32,10 +31,7 @@ class Critiques(Examiner):
     def examine(self, shop: Workshop, *, model_name: str) -> Outcome:
         """The numbers, and one record a row."""
         needed = ("prompt", "response", "critique_request", "revision_request", "critique", "revision")
-        lacks = next((row for row in shop.rows if any(key not in row for key in needed)), None)
-        if lacks is not None:
-            found = f"row {lacks.get('id')} has the columns {sorted(lacks)}"
-            raise DataError(f"{found}; critiques are examined on {', '.join(needed)}")
+        need_columns(shop.rows, needed, kind="critiques")
         asked = [
             Principle(name="asked", critique=row["critique_request"], revision=row["revision_request"], choice="-")
             for row in shop.rows

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from posttrain.errors import DataError
+
 if TYPE_CHECKING:
     from posttrain.evaluation.accuracy import Outcome
     from posttrain.report.statistics import Interval
     from posttrain.synthesis.maker import Workshop
 
-__all__ = ["Examiner", "curve", "entry"]
+__all__ = ["Examiner", "curve", "entry", "need_columns"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,13 @@ def entry(model: str, task: str, split: str, metric: str, n: int, found: Interva
     low, high = (value if math.isfinite(value) else None for value in (found.low, found.high))
     named = {"model": model, "task": task, "split": split, "n": n, "metric": metric}
     return {**named, "value": found.value, "low": low, "high": high}
+
+
+def need_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, kind: str) -> None:
+    """Raises DataError where a row lacks a column that a kind of evaluation reads."""
+    for row in rows:
+        if any(name not in row for name in columns):
+            raise DataError(f"row {row.get('id')} has the columns {sorted(row)}; {kind} are examined on {', '.join(columns)}")
 
 
 def curve(title: str, *, x: str, y: str, lines: Mapping[str, Sequence[Sequence[float]]], caption: str = "") -> dict[str, Any]:

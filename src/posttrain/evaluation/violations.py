@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from posttrain.errors import DataError
 from posttrain.evaluation.accuracy import Outcome
-from posttrain.evaluation.examiner import Examiner, entry
+from posttrain.evaluation.examiner import Examiner, entry, need_columns
 from posttrain.report.statistics import proportion_interval
 from posttrain.synthesis.maker import Workshop
 from posttrain.tasks.forbidden_words import says
@@ -32,9 +31,7 @@ class Violations(Examiner):
 
     def examine(self, shop: Workshop, *, model_name: str) -> Outcome:
         """The numbers, and one record a prompt."""
-        lacks = next((row for row in shop.rows if "forbidden" not in row or "word" not in row), None)
-        if lacks is not None:
-            raise DataError(f"row {lacks.get('id')} has the columns {sorted(lacks)}; violations need 'forbidden' and 'word'")
+        need_columns(shop.rows, ("prompt", "forbidden", "word"), kind="violations")
         sampling = Sampling(greedy=True, max_tokens=shop.sampling.max_tokens)
         answers = shop.scored(shop.answers(shop.rows, samples=1, sampling=sampling))
         texts = [shop.text(answer) for answer in answers]

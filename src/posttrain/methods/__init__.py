@@ -11,7 +11,7 @@ Example:
 from __future__ import annotations
 
 import ast
-import importlib
+import pkgutil
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -102,7 +102,7 @@ def method(name: str) -> type[Method]:
         ConfigError: There is no such method; the message names the nearest ones.
     """
     family, file, cls = _home(name)
-    found: type[Method] = getattr(importlib.import_module(f"posttrain.methods.{family}.{file}"), cls)
+    found: type[Method] = pkgutil.resolve_name(f"posttrain.methods.{family}.{file}:{cls}")
     return found
 
 

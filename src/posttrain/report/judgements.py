@@ -1,26 +1,27 @@
-"""`judgements.html`: what models said of answers under a constitution's principles, beside the report of a run.
+"""`judgements.html`: what models said of answers, under a constitution's principles or not, beside the report of a run.
 
-It is made of the `rows/judgements.jsonl` that sample stages leave (`synthesis.revisions`, `synthesis.choices`).  As in the report,
-nothing on the page runs or is loaded, and everything that a model wrote is escaped.
+It is made of the `rows/judgements.jsonl` that sample stages leave (`synthesis.revisions`, `choices`, `preferences`).  As in the
+report, nothing on the page runs or is loaded, and everything that a model wrote is escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from posttrain.files import atomic_write
 from posttrain.report.lines import read_lines
+from posttrain.report.templates import template_of
 
 __all__ = ["Judged", "judgements_page", "judgements_of", "write_judgements"]
 
 SHOWN = 40
 """Judgements of a stage that the page shows."""
 
-KINDS = ("revision", "choice")
+KINDS = ("revision", "choice", "comparison", "selection")
+"""A revision under a principle; K answers in every rotation; two answers in both orders; K answers in one order."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def judgements_of(folder: str | Path) -> list[Judged]:
     """The stages of a run folder that judged, in order of their names, with the judgements of known kinds."""
     found = []
     for path in sorted(Path(folder).glob("*/rows/judgements.jsonl")):
-        records = [record for record in read_lines(path) if record.get("kind") in KINDS]
+        records = [_as_choice(record) for record in read_lines(path) if record.get("kind") in KINDS]
         if records:
             found.append(Judged(path.parent.parent.name, records))
     return found
@@ -60,13 +61,6 @@ def write_judgements(folder: str | Path) -> Path | None:
 
 def judgements_page(name: str, found: Sequence[Judged]) -> str:
     """The page as HTML, the same for the same judgements."""
-    import jinja2
-
-    from posttrain.report.page import clean
-
-    template = resources.files("posttrain.report").joinpath("judgements.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["clean"] = clean
     stages = [
         {
             "name": stage.name,
@@ -77,7 +71,22 @@ def judgements_page(name: str, found: Sequence[Judged]) -> str:
         }
         for stage in found
     ]
-    return environment.from_string(template).render(name=name, stages=stages)
+    return template_of("judgements.html.j2").render(name=name, stages=stages)
+
+
+def _as_choice(record: dict[str, Any]) -> dict[str, Any]:
+    """A judge's comparison or selection in the form of a choice: responses, their probabilities, and those of each order."""
+    p = record.get("p")
+    if record["kind"] == "comparison":
+        first, second = record.get("pair") or (0, 1)
+        answers = list(record.get("answers") or [])
+        orders = [(one, 1 - one) if number == 0 else (1 - one, one) for number, one in enumerate(record.get("orders") or [])]
+        own = {"responses": [answers[place] for place in (first, second) if place < len(answers)], "rotations": orders}
+        return {**record, **own, "probabilities": [] if p is None else [p, 1 - p], "said": list(record.get("rationales") or [])}
+    if record["kind"] == "selection":
+        said = [record["rationale"]] if record.get("rationale") else []
+        return {**record, "responses": list(record.get("answers") or []), "probabilities": list(p or []), "said": said}
+    return record
 
 
 def _spread(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,8 +105,8 @@ def _models(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def _principles(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One line a principle: how often it was drawn, and what came of it."""
     lines = []
-    for name in dict.fromkeys(str(record.get("principle", "")) for record in records):
-        own = [record for record in records if str(record.get("principle", "")) == name]
+    for name in dict.fromkeys(_principle(record) for record in records):
+        own = [record for record in records if _principle(record) == name]
         revised = [record for record in own if record["kind"] == "revision"]
         sure = [max(record["probabilities"]) for record in own if record.get("probabilities")]
         lines.append(
@@ -112,6 +121,11 @@ def _principles(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def _principle(record: Mapping[str, Any]) -> str:
+    """What was judged by: a principle, or the question alone."""
+    return str(record.get("principle") or record.get("template") or "")
+
+
 def _changed(record: Mapping[str, Any]) -> bool:
     return str(record.get("before", "")).strip() != str(record.get("after", "")).strip()
 
@@ -124,12 +138,13 @@ def _case(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": record["kind"],
         "id": str(record.get("id", "")),
-        "principle": str(record.get("principle", "")),
+        "principle": _principle(record),
         "round": record.get("round"),
         "fault": str(record.get("fault") or ""),
         "changed": record["kind"] == "revision" and _changed(record),
         "prompt": _turns(record.get("prompt")),
         **{key: str(record.get(key) or "") for key in ("before", "critique", "after", "question", "error")},
+        "said": [str(text) for text in record.get("said") or []],
         "responses": [str(response) for response in record.get("responses") or []],
         "probabilities": p,
         "rotations": list(record.get("rotations") or []),

@@ -11,9 +11,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.files import atomic_write
 from posttrain.report import charts, curves
@@ -22,12 +21,10 @@ from posttrain.report.comparison import compare
 from posttrain.report.curves import over_optimisation
 from posttrain.report.folder import RunFolder, Stage, read_folder
 from posttrain.report.judgements import write_judgements
-from posttrain.report.names import BY_NAME, METRICS, PHASE, duration, number, phases_of, shares
-from posttrain.report.results import lede, made_by, points, results_in_words, results_of
+from posttrain.report.names import BY_NAME, METRICS, PHASE, phases_of, shares
+from posttrain.report.results import lede, made_by, results_in_words, results_of
+from posttrain.report.templates import template_of
 from posttrain.report.warnings import warnings_in_words
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
 
 SECRET = re.compile(
     r"(?i)^(\s*[\"']?[\w.-]*(?:api_?key|secret|password|access_token|auth_token|hf_token)[\"']?\s*[:=]\s*)(\S.*)$", re.M
@@ -36,9 +33,6 @@ SECRET = re.compile(
 
 KNOWN_SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})\b")
 """Values that are tokens by their looks."""
-
-MARKS = re.compile(r"(<\|[^<>|\s]{1,40}\|>)")
-"""Special tokens as chat templates write them."""
 
 COLOURS = 7
 """Colours of the style sheet for phases of a step; one more is for `other`."""
@@ -82,16 +76,9 @@ def write_report(folder: str | Path) -> Path:
 
 def page(run: RunFolder, *, judged: bool = False) -> str:
     """The page as HTML, the same for the same run; with a link to `judgements.html` where there is one."""
-    import jinja2
-
-    template = resources.files("posttrain.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(number=number, duration=duration, points=points)
-    environment.filters["clean"] = clean
-    environment.filters["marked"] = marked
     results = results_of(run)
     stages = [_stage(stage) for stage in run.stages]
-    return environment.from_string(template).render(
+    return template_of("report.html.j2").render(
         run=run,
         judged=judged,
         lede=lede(results),
@@ -105,33 +92,6 @@ def page(run: RunFolder, *, judged: bool = False) -> str:
         recipe=None if run.recipe is None else redacted(run.recipe),
         light=charts.LIGHT,
         dark=charts.DARK,
-    )
-
-
-def clean(text: object, limit: int = 6000) -> str:
-    """Text that a model wrote, fit for a page: control characters are made visible, long text is cut with a note."""
-    shown = re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-        "\ufffd",
-        str(text).replace("\r\n", "\n"),
-    )
-    if len(shown) <= limit:
-        return shown
-    return f"{shown[:limit]}\n… {len(shown) - limit:,} more characters"
-
-
-def marked(text: object) -> Markup:
-    """Clean text as HTML, special tokens such as `<|end|>` set apart from what the model says.
-
-    Example:
-        >>> str(marked("7 < 8<|end|>"))
-        '7 &lt; 8<span class="mark">&lt;|end|&gt;</span>'
-    """
-    from markupsafe import Markup, escape
-
-    parts = MARKS.split(clean(text))
-    return Markup("").join(
-        Markup('<span class="mark">{}</span>').format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
     )
 
 

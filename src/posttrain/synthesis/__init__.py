@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from posttrain.errors import ConfigError, nearest
@@ -33,8 +33,7 @@ def maker_named(name: str) -> type[Maker]:
     """
     if name not in MAKERS:
         raise ConfigError(f"a sample stage can write {', '.join(sorted(MAKERS))}; there is no '{name}'{nearest(name, MAKERS)}")
-    module, _, cls = MAKERS[name].partition(":")
-    found: type[Maker] = getattr(importlib.import_module(f"posttrain.synthesis.{module}"), cls)
+    found: type[Maker] = pkgutil.resolve_name(f"posttrain.synthesis.{MAKERS[name]}")
     return found
 
 

@@ -163,13 +163,14 @@ class Preferences(Maker):
             chosen = select(judge, items, template, principles=principles, keys=keys, rationale_tokens=tokens)
             for place, selection in zip(places, chosen, strict=True):
                 wins = None if selection.p is None else _shares(selection.p)
-                found[place] = wins, [{**asked[place].about, **_plain(selection)}]
+                found[place] = wins, [{"kind": "selection", **asked[place].about, **_plain(selection)}]
         places = [place for place in range(len(asked)) if place not in found]
         part = [asked[place] for place in places]
         items, principles = [one.item for one in part], [one.principle for one in part]
         played = tournament(judge, items, template, principles=principles, clamp=clamp, rationale_tokens=tokens)
         for place, one in zip(places, played, strict=True):
-            records = [{**asked[place].about, "pair": list(pair), **_plain(each)} for pair, each in one.comparisons.items()]
+            about = {"kind": "comparison", **asked[place].about}
+            records = [{**about, "pair": list(pair), **_plain(each)} for pair, each in one.comparisons.items()]
             found[place] = one.wins, records
         return [found[place] for place in range(len(asked))]
 

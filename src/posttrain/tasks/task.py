@@ -100,24 +100,38 @@ def word_problem_right(answer: Answer) -> Verdict:
     return verdict
 
 
-def _word_problems(level: str = "demo", max_tokens: int | None = None) -> Task:
-    """The embedded task: procedural word problems with worked solutions."""
-    from posttrain.tasks import word_problems
+def _problems(name: str, own: str, limits: Mapping[str, int], level: str, max_tokens: int | None) -> Task:
+    """A task of word problems, written without end by the module of its name.
 
+    Args:
+        name: The task's.
+        own: The level that is not said with the name.
+        limits: Longest answer, by level.
+        level: Which problems.
+        max_tokens: Another longest answer.
+    """
+    from posttrain.tasks import forbidden_words, word_problems
+
+    module = {"word-problems": word_problems, "forbidden-words": forbidden_words}[name]
     if level not in word_problems.LEVELS:
-        raise ConfigError(f"task 'word-problems' has no level '{level}'{nearest(level, word_problems.LEVELS)}")
+        raise ConfigError(f"task '{name}' has no level '{level}'{nearest(level, word_problems.LEVELS)}")
 
     def rows(split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-        known_split(split, tuple(word_problems.SPLITS), task="word-problems")
-        return word_problems.rows(split, count_of(n, task="word-problems"), level=level, seed=seed)
+        known_split(split, tuple(module.SPLITS), task=name)
+        return module.rows(split, count_of(n, task=name), level=level, seed=seed)
 
     return Task(
-        name="word-problems" if level == "demo" else f"word-problems({level})",
+        name=name if level == own else f"{name}({level})",
         rows=rows,
-        splits=tuple(word_problems.SPLITS),
+        splits=tuple(module.SPLITS),
         rewards=(Reward("right", word_problem_right, where="inline"),),
-        max_tokens=max_tokens or {"easy": 48, "demo": 64, "hard": 96}.get(level, 64),
+        max_tokens=max_tokens or limits[level],
     )
+
+
+def _word_problems(level: str = "demo", max_tokens: int | None = None) -> Task:
+    """The embedded task: procedural word problems with worked solutions."""
+    return _problems("word-problems", "demo", {"easy": 48, "medium": 64, "demo": 64, "hard": 96}, level, max_tokens)
 
 
 def _gsm8k(path: str, calculator: bool = False, system: str = "", max_tokens: int = 320) -> Task:
@@ -147,22 +161,7 @@ def _chats(max_tokens: int = 48) -> Task:
 
 def _forbidden_words(level: str = "easy", max_tokens: int | None = None) -> Task:
     """Word problems that ask for a word besides, some of which a constitution forbids."""
-    from posttrain.tasks import forbidden_words, word_problems
-
-    if level not in word_problems.LEVELS:
-        raise ConfigError(f"task 'forbidden-words' has no level '{level}'{nearest(level, word_problems.LEVELS)}")
-
-    def rows(split: str, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-        known_split(split, tuple(forbidden_words.SPLITS), task="forbidden-words")
-        return forbidden_words.rows(split, count_of(n, task="forbidden-words"), level=level, seed=seed)
-
-    return Task(
-        name="forbidden-words" if level == "easy" else f"forbidden-words({level})",
-        rows=rows,
-        splits=tuple(forbidden_words.SPLITS),
-        rewards=(Reward("right", word_problem_right, where="inline"),),
-        max_tokens=max_tokens or {"easy": 56, "demo": 72, "hard": 104}.get(level, 72),
-    )
+    return _problems("forbidden-words", "easy", {"easy": 56, "medium": 72, "demo": 72, "hard": 104}, level, max_tokens)
 
 
 def _word_problem_judging(
