@@ -16,6 +16,7 @@ from posttrain.tasks.word_problems import LEVELS, Draw, problem, verify, worked_
 from posttrain.types import Overlong, Score, Unparseable, Wrong
 
 STEP = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
+OFF = re.compile(r"=(\d+)>>[^<]*It says (\d+), <<(\d+)-(\d+)=(-?\d+)>>(-?\d+) off\.")
 
 
 def right(left: str, op: str, second: str, result: str) -> bool:
@@ -77,6 +78,17 @@ def test_verdicts_are_right_balanced_and_end_the_critique(kind: str) -> None:
             assert f"So step {row['first_wrong']} is wrong." in critique
         else:
             assert "No step is wrong." in critique
+
+
+@pytest.mark.parametrize("kind", ["check", "pair"])
+def test_a_critique_subtracts_and_only_the_wrong_step_is_off(kind: str) -> None:
+    for row in rows("train", 200, kind=kind):
+        critique = content(row, "completion")
+        found = [tuple(map(int, one)) for one in OFF.findall(critique)]
+        assert len(found) == critique.count("It says")
+        for worked, said, first, second, off, again in found:
+            assert (first, second, off, again) == (said, worked, said - worked, said - worked)
+        assert sum(one[4] != 0 for one in found) == critique.count("So step") == (row["first_wrong"] > 0)
 
 
 def test_nothing_but_the_solution_tells_right_from_wrong() -> None:

@@ -105,8 +105,8 @@ def _carried(steps: Sequence[Step], place: int, wrong: Step) -> tuple[Step, ...]
 def critique(item: Problem, wrong: Corrupted | None = None) -> str:
     """The right solution beside what a solution says, step by step, up to the first wrong step, which it names.
 
-    Each step is worked before the number to compare it with is read off: a small model learns to compare two numbers that stand
-    side by side, and copies where it may.
+    Each step is worked before the number to compare it with is read off, as a small model copies where it may; and the two are
+    compared by a subtraction, which the embedded model can do: it does not learn to see whether two numbers are the same.
 
     Args:
         item: The problem with its right steps.
@@ -114,8 +114,10 @@ def critique(item: Problem, wrong: Corrupted | None = None) -> str:
     """
     said = wrong.problem.steps if wrong else item.steps
     last = wrong.step + 1 if wrong else len(item.steps)
-    worked = [step.text(calculation="<<{left}{op}{right}={result}>>{result}") for step in item.steps[:last]]
-    lines = [f"{text} It says {other.result}." for text, other in zip(worked, said[:last], strict=True)]
+    lines = []
+    for step, other in zip(item.steps[:last], said[:last], strict=True):
+        worked, off = step.text(calculation="<<{left}{op}{right}={result}>>{result}"), other.result - step.result
+        lines.append(f"{worked} It says {other.result}, <<{other.result}-{step.result}={off}>>{off} off.")
     return " ".join([*lines, f"So step {last} is wrong." if wrong else "No step is wrong."])
 
 
@@ -212,5 +214,5 @@ def word_problem_judging(kind: str = "check", level: str = "demo", reasoned: boo
         rows=some,
         splits=tuple(SPLITS),
         rewards=(Reward("right", judged_right, where="inline"),),
-        max_tokens=max_tokens or ((112 if kind == "check" else 208) if reasoned else 8),
+        max_tokens=max_tokens or ((176 if kind == "check" else 320) if reasoned else 8),
     )
