@@ -14,7 +14,7 @@ import posttrain
 ROOT = Path(posttrain.__file__).parent
 
 LEVELS = [
-    {"errors", "exact_json", "random", "allocator"},
+    {"errors", "exact_json", "random", "allocator", "compiled"},
     {"types"},
     {"formulas", "layout", "pack", "prefixes", "records", "resolve", "files", "lock", "manifest", "tensor_file", "state"},
     {"reads", "models", "distributed"},

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain import compiled
+from posttrain.compiled import kernels
 from posttrain.errors import NumericsError
 from posttrain.models.gemm import Precision, has_onednn
 from posttrain.models.model import LanguageModel
 from posttrain.models.random import random_model
-from posttrain.samplers import NativeSampler, compiled
+from posttrain.samplers import NativeSampler
 from posttrain.samplers.cache import CachedStepper
-from posttrain.samplers.compiled import kernels
 from posttrain.samplers.compiled_step import CompiledStepper, can_step
 from posttrain.samplers.draw import draw
 from posttrain.types import Origin, Sample, Sampling

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from posttrain.allocator import keep_freed_memory
+from posttrain.compiled import kernels
 from posttrain.errors import ConfigError
 from posttrain.files import atomic_write, make_folders
-from posttrain.samplers.compiled import kernels
 
 from . import decoding, dpo, gpu, grpo, memory, numbers, overhead, rollout, sft
 from .measure import Row, header, shown

@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from posttrain.layout import Behind, Layout
 from posttrain.models.folded import LONGEST, attention
 from posttrain.models.gemm import Precision
+from posttrain.models.quick import attends
+from posttrain.models.quick import attention as compiled_attention
 
 WIDE = (torch.float32, torch.float64)
 PADDING = 0.12
@@ -101,6 +103,20 @@ def _plan(layout: Layout) -> Plan:
     return Plan(tuple(groups), back)
 
 
+def segments_of(layout: Layout) -> tuple[Tensor, int]:
+    """`[B, 4]` int64: first token, tokens, first token in front, tokens in front; and the most keys of a segment."""
+    if "segments" not in layout.plans:
+        rows = [[layout.offsets[row], size, 0, 0] for row, size in enumerate(layout.sizes)]
+        fronts = [] if layout.behind is None else _in_front(layout.behind, layout.num_rows)
+        for row, front in enumerate(fronts):
+            if front >= 0:
+                rows[row][2:] = [layout.offsets[front], layout.sizes[front]]
+        longest = max((row[1] + row[3] for row in rows), default=0)
+        layout.plans["segments"] = torch.tensor(rows, dtype=torch.int64).view(-1, 4), longest
+    found: tuple[Tensor, int] = layout.plans["segments"]
+    return found
+
+
 def _in_front(behind: Behind, segments: int) -> list[int]:
     """For every segment the one that it stands behind, or -1."""
     return [-1] * behind.first + behind.segment.tolist()[: segments - behind.first]
@@ -147,8 +163,8 @@ def attend(
         layout: The rows.
         scale: Multiplies the scores before the softmax.
         window: A token sees itself and the `window - 1` tokens before it; None: all of them.
-        precision: "exact" runs torch's own kernel; "fast" and, with bfloat16 factors of all products but the scores,
-            "bf16" fold short rows on a CPU.
+        precision: "exact" runs torch's own kernel.  "fast" and "bf16" run a compiled one on a CPU thread, whose result is
+            bfloat16 in "bf16"; without it they fold short rows, "bf16" with bfloat16 factors of all products but the scores.
 
     Returns:
         `[N, H * d]`.
@@ -156,6 +172,10 @@ def attend(
     kernel = _varlen(q)
     if kernel is not None and layout.behind is None:
         return _attend_varlen(kernel, q, k, v, layout, scale=scale, window=window)
+    if precision != "exact" and attends(q, k, v):
+        segments, longest = segments_of(layout)
+        kind = torch.bfloat16 if precision == "bf16" else q.dtype
+        return compiled_attention(q, k, v, segments, longest=longest, scale=scale, window=window, kind=kind)
     the_plan = plan(layout)
     if the_plan.groups and the_plan.groups[0].rows == layout.num_rows and the_plan.groups[0].first == 0:
         return _group(q, k, v, the_plan.groups[0], scale=scale, window=window, precision=precision)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
+from posttrain.models import quick
 from posttrain.models.fused import heads, rms_norm, swiglu
-from posttrain.models.gemm import Linear, Together, exact
+from posttrain.models.gemm import Linear, Together, bf16, bf16_together, exact
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM")
 """The transformers classes whose forward pass this file owns."""
@@ -131,9 +132,10 @@ class Decoder:
         """
         block = self._layers[layer]
         attention = block.self_attn
-        normed = self.norm(block.input_layernorm, x)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        normed = self.norm(block.input_layernorm, x, read_by=projections)
         normed_heads = hasattr(attention, "q_norm")
-        mixed = None if normed_heads else self._together(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
+        mixed = None if normed_heads else self._together(normed, projections)
         if mixed is not None:
             return heads(mixed.view(len(x), -1, self.head_dim), cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
         q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
@@ -146,15 +148,38 @@ class Decoder:
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: `x [n, D]` that entered it and `attended [n, H * d]` -> `[n, D]` that leaves it."""
         block = self._layers[layer]
-        x = x + self.apply(block.self_attn.o_proj, attended)
-        mlp = block.mlp
-        normed = self.norm(block.post_attention_layernorm, x)
-        wide = self._together(normed, (mlp.gate_proj, mlp.up_proj)) if self.silu else None
+        mlp, norm, out = block.mlp, block.post_attention_layernorm, block.self_attn.o_proj
+        if type(out) is not nn.Linear:
+            attended = attended.to(x.dtype)
+        sides = (mlp.gate_proj, mlp.up_proj)
+        if self._compiled(x, norm):
+            kind = self._read_as(sides, x)
+            normed, x = quick.add_norm(x, self._raw(out, attended), norm.weight, norm.variance_epsilon, kind=kind)
+        else:
+            x = x + self.apply(out, attended)
+            normed = self.norm(norm, x, read_by=sides)
+        wide = self._together(normed, sides) if self.silu else None
         if wide is None:
             inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
         else:
-            inner = swiglu(wide) if type(mlp.down_proj) is nn.Linear else swiglu(wide).to(x.dtype)
+            inner = quick.swiglu(wide) if self.linear is not exact and quick.quick(wide) else swiglu(wide)
+            inner = inner if type(mlp.down_proj) is nn.Linear else inner.to(x.dtype)
         return x + self.apply(mlp.down_proj, inner)
+
+    def _compiled(self, x: Tensor, norm: Any) -> bool:
+        """Do compiled kernels norm this?  In a quick precision, float32 on a CPU thread, a norm of Llama's kind."""
+        wide = x.dtype == norm.weight.dtype == torch.float32 and x.dim() == 2
+        return wide and self.linear is not exact and not self.offset_norm and quick.quick(x)
+
+    def _read_as(self, modules: Sequence[Any], x: Tensor) -> torch.dtype:
+        """What linear layers read `x` as: bfloat16 where that is what their products take."""
+        return torch.bfloat16 if self.linear is bf16 and all(type(module) is nn.Linear for module in modules) else x.dtype
+
+    def _raw(self, module: Any, x: Tensor) -> Tensor:
+        """A linear layer as its product leaves it, which may be bfloat16."""
+        if self.linear is bf16 and type(module) is nn.Linear and module.bias is None:
+            return bf16_together(x, [module.weight])
+        return self.apply(module, x)
 
     def _together(self, x: Tensor, modules: Sequence[Any]) -> Tensor | None:
         """Several linear layers in one product, or None where that would not be the same: LoRA, "exact", half precision."""
@@ -177,10 +202,19 @@ class Decoder:
         """Logits `[n, D] -> [n, V]` in the model's dtype."""
         return self.apply(self._head, hidden)
 
-    def norm(self, module: Any, x: Tensor) -> Tensor:
-        """One of the model's norms, exact in float64 too."""
+    def norm(self, module: Any, x: Tensor, *, read_by: Sequence[Any] = ()) -> Tensor:
+        """One of the model's norms, exact in float64 too.
+
+        Args:
+            module: The norm.
+            x: `[..., D]`.
+            read_by: The linear layers that alone read the result, which may then be of the dtype of their factors.
+        """
         if self.offset_norm:
             return rms_norm_offset(x, module.weight, module.eps)
+        if self._compiled(x, module):
+            kind = self._read_as(read_by, x) if read_by else x.dtype
+            return quick.rms_norm(x, module.weight, module.variance_epsilon, kind=kind)
         return rms_norm(x, module.weight, module.variance_epsilon)
 
     def apply(self, module: Any, x: Tensor) -> Tensor:

@@ -94,21 +94,21 @@ class _BFloat16(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        narrow = x.to(torch.bfloat16)
-        ctx.save_for_backward(narrow, *weights)
-        ctx.dtype = x.dtype
-        return functional.linear(narrow, _narrow(weights))
+        narrow, matrix = x.to(torch.bfloat16), _narrow(weights)
+        ctx.save_for_backward(narrow, matrix)  # not the weights: the backward pass reads the same factors, and casts nothing again
+        ctx.dtype, ctx.kinds, ctx.sizes = x.dtype, [w.dtype for w in weights], [len(w) for w in weights]
+        return functional.linear(narrow, matrix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
+        x, matrix = ctx.saved_tensors
         grad, (needs_x, *needs) = grads[0], ctx.needs_input_grad
-        grad_x = (grad @ _narrow(weights)).to(ctx.dtype) if needs_x else None
-        grad_weights: list[Tensor | None] = [None] * len(weights)
+        grad_x = (grad @ matrix).to(ctx.dtype) if needs_x else None
+        grad_weights: list[Tensor | None] = [None] * len(needs)
         if any(needs):
-            pieces = zip((grad.t() @ x).split([len(w) for w in weights]), weights, needs, strict=True)
-            grad_weights = [piece.to(weight.dtype) if needed else None for piece, weight, needed in pieces]
+            pieces = zip((grad.t() @ x).split(ctx.sizes), ctx.kinds, needs, strict=True)
+            grad_weights = [piece.to(kind) if needed else None for piece, kind, needed in pieces]
         return grad_x, *grad_weights
 
 

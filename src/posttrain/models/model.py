@@ -182,8 +182,8 @@ class LanguageModel:
             if narrow:  # the kernel for packed rows wants half precision
                 q, k, v = (each.to(torch.bfloat16) for each in (q, k, v))
             window = decoder.window(layer)
-            attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self.precision).to(x.dtype)
-            return decoder.finish(layer, x, attended)
+            attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self.precision)
+            return decoder.finish(layer, x, attended.to(x.dtype) if narrow else attended)
 
         for layer in range(decoder.num_layers):
             if layer in wanted:

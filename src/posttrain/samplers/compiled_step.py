@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from posttrain.compiled import THREADS, kernels
 from posttrain.samplers.cache import CachedStepper
-from posttrain.samplers.compiled import kernels
 from posttrain.samplers.draw import Drawn, draw
 from posttrain.samplers.products import fusible
 from posttrain.types import Sampling
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
 LARGEST = 128 * 4096
-"""Tokens of the largest vocabulary that `draw` of kernels.c holds."""
-THREADS = 2
-"""Threads of torch's up to which one of these functions' is quicker."""
+"""Tokens of the largest vocabulary that `draw` of decoding.c holds."""
 
 
 class CompiledStepper(CachedStepper):

@@ -1,7 +1,8 @@
-"""The sampler's small kernels: compiled once with the machine's own C compiler, and left out where there is none.
+"""Small kernels for a CPU: compiled once with the machine's own C compiler, and left out where there is none.
 
 Between the matrix products of a decoding step stand a dozen small operations a layer, each quicker than the call that asks
-for it.  `kernels.c` does them in four calls.  POSTTRAIN_COMPILE=0 leaves it out.
+for it: `decoding.c` does them in four calls.  `training.c` has attention over packed rows and what stands around the products of
+a training step, forward and backward.  POSTTRAIN_COMPILE=0 leaves both out.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoding.c", "training.c"))
+HEADER = Path(__file__).with_name("common.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 SECONDS = 120
 """The longest that a compiler may take."""
+THREADS = 2
+"""Threads of torch's up to which the kernels, which have one, are quicker than torch's own operations."""
 _POINTER, _FLAG, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "add_norm": [_POINTER, _POINTER, _FLAG, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _FLOAT, _POINTER],
@@ -29,6 +33,22 @@ _SIGNATURES = {
     "attend": [
         *[_POINTER, _FLAG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLAG, _POINTER, _FLAG, _POINTER, _POINTER],
         *[_FLOAT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _FLOAT, _SIZE, _POINTER],
+    ],
+    "norm_forward": [
+        *[_POINTER, _POINTER, _FLAG, _POINTER, _POINTER, _POINTER, _FLAG, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER],
+    ],
+    "norm_backward": [
+        *[_POINTER, _FLAG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLAG, _POINTER, _SIZE, _SIZE, _POINTER],
+    ],
+    "swiglu_backward": [_POINTER, _FLAG, _POINTER, _FLAG, _POINTER, _SIZE, _SIZE, _POINTER],
+    "attention_forward": [
+        *[_POINTER, _SIZE] * 3,
+        *[_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _FLOAT, _SIZE, _POINTER, _FLAG, _POINTER, _POINTER],
+    ],
+    "attention_backward": [
+        *[_POINTER, _FLAG],
+        *[_POINTER, _SIZE] * 3,
+        *[_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _FLOAT, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
     ],
 }
 
@@ -51,14 +71,16 @@ def build() -> Path | None:
     if os.environ.get("POSTTRAIN_COMPILE") == "0" or compiler is None:
         return None
     try:
-        key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, platform.machine(), _processor())).encode())
+        key = hashlib.sha256(repr((FLAGS, compiler, platform.machine(), _processor())).encode())
+        for file in (HEADER, *SOURCES):
+            key.update(file.read_bytes())
         target = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
         if target.exists():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder) / target.name
-            command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, "-o", str(fresh), *map(str, SOURCES), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             fresh.replace(target)  # whole or not at all, also where several processes compile at once
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: this user has no home
@@ -68,7 +90,7 @@ def build() -> Path | None:
 
 @lru_cache(maxsize=1)
 def kernels() -> ctypes.CDLL | None:
-    """The kernels of `kernels.c`, or None."""
+    """The kernels, or None."""
     path = build()
     if path is None:
         return None
@@ -82,4 +104,4 @@ def kernels() -> ctypes.CDLL | None:
     return found
 
 
-__all__ = ["build", "cache_folder", "kernels"]
+__all__ = ["THREADS", "build", "cache_folder", "kernels"]
