@@ -31,22 +31,23 @@ def group_stats(batch: Batch, pass_mark: float = 1.0) -> GroupStats:
     number = int(batch.group.max()) + 1 if batch.num_rows else 0
     live = batch.mask.any(-1)
     rewards = batch.rewards.double()  # so that equal rewards have a spread of 0, not of float32's rounding
-    ones = live.to(rewards.dtype)
-    total = torch.zeros(number, dtype=rewards.dtype, device=rewards.device)
 
-    def summed(values: Tensor) -> Tensor:
-        return total.index_add(0, batch.group, values * ones)  # [B] -> [G]
+    def summed(*values: Tensor) -> tuple[Tensor, ...]:
+        """[B] each -> [G] each, of the rows that count."""
+        columns = torch.stack(values, -1) * live[:, None]
+        return columns.new_zeros(number, len(values)).index_add(0, batch.group, columns).unbind(-1)
 
-    count = summed(torch.ones_like(ones))
-    mean = summed(rewards) / count.clamp(min=1)
-    spread = summed((rewards - mean[batch.group]) ** 2) / count.clamp(min=1)
+    passed = (rewards >= pass_mark - 1e-9).to(rewards.dtype)
+    count, total, passes, cut = summed(torch.ones_like(rewards), rewards, passed, batch.truncated.to(rewards.dtype))
+    mean = total / count.clamp(min=1)
+    (spread,) = summed((rewards - mean[batch.group]) ** 2)
     return GroupStats(
-        group=torch.arange(number, device=total.device),
+        group=torch.arange(number, device=rewards.device),
         count=count.long(),
-        passed=summed((rewards >= pass_mark - 1e-9).to(ones.dtype)).long(),
+        passed=passes.long(),
         mean=mean.to(batch.rewards.dtype),
-        std=spread.sqrt().to(batch.rewards.dtype),
-        truncated=summed(batch.truncated.to(ones.dtype)).long(),
+        std=(spread / count.clamp(min=1)).sqrt().to(batch.rewards.dtype),
+        truncated=cut.long(),
     )
 
 

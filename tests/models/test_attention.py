@@ -7,12 +7,18 @@ import torch
 
 from posttrain.layout import Layout
 from posttrain.models import attention
-from posttrain.models.attention import PADDING, attend, groups_of, plan, window_mask
+from posttrain.models.attention import PADDING, SLACK, attend, groups_of, plan, window_mask
 from posttrain.pack import pack
 from posttrain.prefixes import shared_layout
 from posttrain.types import Sample
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as short as these would be one group."""
+    monkeypatch.setattr(attention, "SLACK", 0)
 
 
 def layout_of(*sizes: int) -> Layout:
@@ -27,7 +33,14 @@ def test_groups_hold_every_row_once_with_little_padding() -> None:
         assert sorted(row for group in groups for row in group) == list(range(17))
         for group in groups:
             total = max(sizes[row] for row in group) * len(group)
-            assert 1 - sum(sizes[row] for row in group) / total <= PADDING + 1e-12
+            assert total - sum(sizes[row] for row in group) <= PADDING * total + 1e-9
+
+
+def test_short_rows_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert groups_of((3, 16, 9)) == [[0], [1], [2]]
+    monkeypatch.setattr(attention, "SLACK", SLACK)
+    assert groups_of((3, 16, 9)) == [[0, 1, 2]]
+    assert groups_of((3, 160, 9)) == [[0, 2], [1]]
 
 
 def test_equal_lengths_are_one_group_without_gather() -> None:

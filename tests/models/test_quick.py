@@ -123,7 +123,8 @@ def test_norms_alone_and_of_a_sum(narrow: bool) -> None:
         total = exact[0] + exact[1] if summed else exact[0]
         normed = fused.rms_norm(total, exact[2], 1e-5)
         (normed * to_normed + (total * to_sum if summed else 0.0)).sum().backward()
-        ours = [one.to(dtype).requires_grad_() for one, dtype in zip((x, y, weight), (torch.float32, kind, torch.float32), strict=True)]
+        kinds = (torch.float32, kind, torch.float32)
+        ours = [one.to(each).requires_grad_() for one, each in zip((x, y, weight), kinds, strict=True)]
         if summed:
             found, found_total = quick.add_norm(ours[0], ours[1], ours[2], 1e-5, kind=kind)
             torch.testing.assert_close(found_total.double(), total, atol=FLOAT, rtol=FLOAT)

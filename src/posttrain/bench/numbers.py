@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from posttrain import reads
@@ -14,6 +15,7 @@ from posttrain.method import Method
 from posttrain.methods import DPO, GRPO, PPO, SFT, BradleyTerry
 from posttrain.models.attention import plan
 from posttrain.models.model import LanguageModel
+from posttrain.models.quick import QUERIES, attends
 from posttrain.pack import pack
 from posttrain.samplers import NativeSampler
 from posttrain.tasks import task
@@ -40,11 +42,20 @@ class Watched:
 
         def laid_out(layout: Layout, **settings: Any) -> Any:
             self.real += model.num_layers * sum(layout.sizes)
-            self.attended += model.num_layers * sum(group.rows * group.width for group in plan(layout).groups)
+            self.attended += model.num_layers * attended(model, layout)
             return trunk(layout, **settings)
 
         decoder.qkv = multiplied  # type: ignore[method-assign]
         model.trunk = laid_out  # type: ignore[method-assign]
+
+
+def attended(model: LanguageModel, layout: Layout) -> int:
+    """Queries that attention computes: blocks of rows where it is compiled, else groups padded to their longest row."""
+    assert model.decoder is not None
+    heads = torch.empty(0, 1, model.decoder.head_dim)
+    if model.precision != "exact" and attends(heads, heads, heads):
+        return sum(-(-size // QUERIES) * QUERIES for size in layout.sizes)
+    return sum(group.rows * group.width for group in plan(layout).groups)
 
 
 def ragged_samples(method: Method) -> list[Sample]:
@@ -64,16 +75,16 @@ def ragged_samples(method: Method) -> list[Sample]:
 
 def shares(setting: Setting, method: Method) -> tuple[float, float, float]:
     """Shares of real tokens in products and in attention, and that of the same rows in a padded batch."""
-    models = {name: setting.load("nothing") for name in ("policy", "reference", "critic")}
+    models = {name: setting.load("3m") for name in ("policy", "reference", "critic")}
     models["critic"].add_value_head()
     models["policy"].add_reward_head()
     watched = [Watched(model) for model in models.values()]
     samples = ragged_samples(method)
-    Engine(models, method).step(samples)
-    products, attended = sum(each.products for each in watched), sum(each.attended for each in watched)
+    Engine(models, method, precision=setting.fp32.ours).step(samples)
+    products, queries = sum(each.products for each in watched), sum(each.attended for each in watched)
     real = sum(each.real for each in watched)
     lengths = [len(row) for row in samples]
-    return real / products, real / attended, sum(lengths) / (len(lengths) * max(lengths))
+    return real / products, real / queries, sum(lengths) / (len(lengths) * max(lengths))
 
 
 def real_tokens(setting: Setting) -> Iterator[Row]:

@@ -28,6 +28,8 @@ PADDING = 0.12
 """The largest share of padding in a group of rows."""
 PREFIX_PADDING = 0.4
 """The same for the common beginnings that rows stand behind, whose padding costs less than one more call."""
+SLACK = 64
+"""Tokens of padding in a group that cost less than one more call, whatever their share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class Plan:
 
 
 def groups_of(sizes: tuple[int, ...], *, padding: float = PADDING) -> list[list[int]]:
-    """Row numbers grouped by length, each group with at most `padding` (a share) of padding; in order of first row.
+    """Row numbers grouped by length, with at most `padding` (a share) or `SLACK` tokens of padding a group, by their first row.
 
     Example:
         >>> groups_of((4, 100, 95, 4))
@@ -62,7 +64,8 @@ def groups_of(sizes: tuple[int, ...], *, padding: float = PADDING) -> list[list[
     width, total = 0, 0
     for row in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
         size = sizes[row]
-        if groups and total + size >= (1 - padding) * width * (len(groups[-1]) + 1):
+        whole = width * (len(groups[-1]) + 1) if groups else 0
+        if groups and whole - total - size <= max(SLACK, padding * whole):
             groups[-1].append(row)
             total += size
         else:

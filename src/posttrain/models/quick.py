@@ -17,6 +17,8 @@ from posttrain.compiled import THREADS, kernels
 
 WIDEST = 256
 """Of a head."""
+QUERIES = 8
+"""Queries of a row that the attention kernel takes at a time, as `training.c` has it."""
 
 
 def quick(*tensors: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain import reads
-from posttrain.formulas.preferences import logistic, pairs
+from posttrain.formulas.preferences import pairs, smoothed
 from posttrain.formulas.reductions import pair_mean
 from posttrain.method import Method
 from posttrain.types import Batch, Readings, State, Term, View
@@ -26,14 +26,15 @@ def held(values: Tensor, mask: Tensor) -> Tensor:
 class TokenBradleyTerry(Method):
     """From the first token in which two answers differ, the better one scores higher at every token.
 
-        L = mean_{t >= divergence} -log sigmoid(z_w,t - z_l,t),   one value a pair
+        L = mean_{t >= divergence} [-p log sigmoid(d_t) - (1 - p) log sigmoid(-d_t)],   d_t = z_w,t - z_l,t,   one value a pair
 
     z_t is the reward head at token t, which it has read; the shorter answer keeps its last score while the longer goes on.
     An answer's reward is its score at the last token, as with `bradley_terry`, but every token of it learns, so that a mistake
-    is blamed where it stands.  Rows come in pairs: row 2i is chosen, row 2i + 1 rejected; rankings give all their pairs.
+    is blamed where it stands.  Rows come in pairs: row 2i is chosen, row 2i + 1 rejected; rankings give all their pairs.  The
+    column `preference` may bring p (default 1), read on the chosen row.
 
     Source: "DeepSpeed-Chat: Easy, Fast and Affordable RLHF Training of ChatGPT-like Models at All Scales", arXiv:2308.01320;
-    the loss is that of its public code (from memory).
+    the loss is that of its public code (from memory), which has no p.
     """
 
     rows: ClassVar[Literal["pairs"]] = "pairs"
@@ -56,7 +57,8 @@ class TokenBradleyTerry(Method):
         written = one | other
         differ = written & ((first != second) | (one != other))
         counted = written & (differ.cumsum(-1) > 0)  # [P, T]
-        cost = torch.where(counted, logistic(better - worse), 0).sum(-1) / counted.sum(-1).clamp(min=1).to(scores.dtype)
+        wanted = batch.columns["preference"][0::2, None] if "preference" in batch.columns else 1.0
+        cost = torch.where(counted, smoothed(better - worse, wanted), 0).sum(-1) / counted.sum(-1).clamp(min=1).to(scores.dtype)
         gap = (better - worse)[:, -1].detach()
         return {
             "loss": cost,
