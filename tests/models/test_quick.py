@@ -156,6 +156,25 @@ def test_gates(narrow: bool) -> None:
     torch.testing.assert_close(ours.grad.double(), exact.grad, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_heads(narrow: bool) -> None:
+    kind, tolerance = (torch.bfloat16, 2e-2) if narrow else (torch.float32, FLOAT)
+    queries, kv, width, rows = 3, 2, 10, 7
+    mixed, (cos, sin) = drawn(rows, queries + 2 * kv, width).to(kind), drawn(2, rows, width, seed=1)
+    exact, ours = mixed.double().requires_grad_(), mixed.clone().requires_grad_()
+    want = fused.heads(exact, cos, sin, queries=queries, kv=kv)
+    got = quick.heads(ours, cos.float(), sin.float(), queries=queries, kv=kv)
+    for seed, (one, other) in enumerate(zip(want, got, strict=True), start=2):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other.double(), one, atol=FLOAT, rtol=FLOAT)
+        upstream = drawn(*one.shape, seed=seed)
+        (one * upstream).sum().backward(retain_graph=True)
+        (other * upstream.float()).sum().backward(retain_graph=True)
+    assert exact.grad is not None
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=3 * tolerance, rtol=tolerance)
+
+
 def test_what_they_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(3, 2, 16)
     assert quick.attends(x, x, x)

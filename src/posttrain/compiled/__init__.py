@@ -41,6 +41,8 @@ _SIGNATURES = {
         *[_POINTER, _FLAG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLAG, _POINTER, _SIZE, _SIZE, _POINTER],
     ],
     "swiglu_backward": [_POINTER, _FLAG, _POINTER, _FLAG, _POINTER, _SIZE, _SIZE, _POINTER],
+    "heads_forward": [_POINTER, _FLAG, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE],
+    "heads_backward": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _SIZE, _SIZE],
     "attention_forward": [
         *[_POINTER, _SIZE] * 3,
         *[_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _FLOAT, _SIZE, _POINTER, _FLAG, _POINTER, _POINTER],

@@ -76,6 +76,45 @@ void swiglu_backward(const void *grad, int narrow_grad, const void *wide, int na
     }
 }
 
+/* ---------------------------------------------------------------------------------------------------------------- heads */
+
+static inline void rotated(const float *x, const float *cosine, const float *sine, float sign, int64_t d, float *restrict out) {
+    int64_t half = d / 2;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = x[i] * cosine[i] - sign * x[i + half] * sine[sign > 0 ? i : i + half];
+        out[i + half] = x[i + half] * cosine[i + half] + sign * x[i] * sine[sign > 0 ? i + half : i];
+    }
+}
+
+/* mixed [rows, turn + keep, d] -> its first heads rotated [rows, turn, d], and the others [rows, keep, d]; cos, sin [rows, d]. */
+void heads_forward(const void *mixed, int narrow, const float *cosine, const float *sine, float *turned, float *kept, int64_t rows,
+                   int64_t turn, int64_t keep, int64_t d) {
+    float head[DEEPEST];
+    for (int64_t b = 0; b < rows; b++) {
+        int64_t row = b * (turn + keep) * d;
+        for (int64_t h = 0; h < turn; h++) {
+            load(mixed, narrow, row + h * d, d, head);
+            rotated(head, cosine + b * d, sine + b * d, 1.0f, d, turned + (b * turn + h) * d);
+        }
+        load(mixed, narrow, row + turn * d, keep * d, kept + b * keep * d);
+    }
+}
+
+/* The gradient of mixed from those of queries [rows, H, d], keys and values [rows, kv, d]. */
+void heads_backward(const float *grad_q, const float *grad_k, const float *grad_v, const float *cosine, const float *sine, void *out,
+                    int narrow, int64_t rows, int64_t H, int64_t kv, int64_t d) {
+    float head[DEEPEST];
+    for (int64_t b = 0; b < rows; b++) {
+        int64_t row = b * (H + 2 * kv) * d;
+        for (int64_t h = 0; h < H + kv; h++) {
+            const float *given = h < H ? grad_q + (b * H + h) * d : grad_k + (b * kv + h - H) * d;
+            rotated(given, cosine + b * d, sine + b * d, -1.0f, d, head);
+            store(out, narrow, row + h * d, d, head);
+        }
+        store(out, narrow, row + (H + kv) * d, kv * d, grad_v + b * kv * d);
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------------------ attention */
 
 /* out[r][j] = q[r] . key j for QUERIES rows and columns [from, to), both multiples of COLUMNS.

@@ -137,7 +137,9 @@ class Decoder:
         normed_heads = hasattr(attention, "q_norm")
         mixed = None if normed_heads else self._together(normed, projections)
         if mixed is not None:
-            return heads(mixed.view(len(x), -1, self.head_dim), cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
+            mixed = mixed.view(len(x), -1, self.head_dim)
+            turned = quick.heads if quick.turns(mixed, cos) else heads
+            return turned(mixed, cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
         q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
         k = self.apply(attention.k_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
         v = self.apply(attention.v_proj, normed).view(-1, self.num_kv_heads, self.head_dim)

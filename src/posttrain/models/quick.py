@@ -106,6 +106,39 @@ def swiglu(wide: Tensor) -> Tensor:
     return _Swiglu.apply(wide)  # type: ignore[no-any-return]
 
 
+class _Heads(Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, queries: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, cos, sin = mixed.contiguous(), cos.contiguous(), sin.contiguous()
+        rows, _, width = mixed.shape
+        turned, values = cos.new_empty(rows, queries + kv, width), cos.new_empty(rows, kv, width)
+        _called("heads_forward", mixed, _is_narrow(mixed), cos, sin, turned, values, rows, queries + kv, kv, width)
+        ctx.save_for_backward(cos, sin)
+        ctx.kind = mixed.dtype
+        return turned[:, :queries], turned[:, queries:], values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        q, k, v = (grad.contiguous() for grad in grads)
+        rows, queries, width = q.shape
+        kv = k.shape[1]
+        grad = torch.empty(rows, queries + 2 * kv, width, dtype=ctx.kind)
+        _called("heads_backward", q, k, v, cos, sin, grad, _is_narrow(grad), rows, queries, kv, width)
+        return grad, None, None, None, None
+
+
+def heads(mixed: Tensor, cos: Tensor, sin: Tensor, *, queries: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, in float32 from one product: see `fused.heads`."""
+    return _Heads.apply(mixed, cos, sin, queries, kv)  # type: ignore[no-any-return]
+
+
+def turns(mixed: Tensor, cos: Tensor) -> bool:
+    """Can `heads` have these?"""
+    return cos.dtype == torch.float32 and quick(mixed, cos) and mixed.shape[-1] <= WIDEST
+
+
 def _strided(x: Tensor) -> tuple[Tensor, int]:
     """Heads `[N, h, d]` whose rows are whole, and the distance between tokens."""
     if x.stride(-1) != 1 or x.stride(1) != x.shape[-1]:
@@ -166,4 +199,4 @@ def attention(
     return _Attention.apply(q, k, v, segments, longest, scale, window or 0, kind)  # type: ignore[no-any-return]
 
 
-__all__ = ["add_norm", "attends", "attention", "quick", "rms_norm", "swiglu"]
+__all__ = ["add_norm", "attends", "attention", "heads", "quick", "rms_norm", "swiglu", "turns"]
