@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -114,7 +115,11 @@ def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageM
             model.heads.requires_grad_(False)
         if not isinstance(model, AdaptersOff) and model.decoder is not None:
             model.use_precision(precision)
-    return models, tokenizer, record
+    compiled = policy.compiled
+    if recorded is not None and recorded.get("compiled", compiled) != compiled:
+        here = "at hand" if compiled else "missing"
+        warnings.warn(f"compiled kernels are {here}, unlike in the part of the run before: rounding differs", stacklevel=2)
+    return models, tokenizer, {**record, "compiled": compiled}
 
 
 def _copy_of(models: Mapping[str, LanguageModel], policy: LanguageModel) -> LanguageModel:

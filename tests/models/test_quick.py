@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
+from small import small_run
 from torch import Tensor
 
 from posttrain.compiled import kernels
 from posttrain.layout import Behind, Layout
+from posttrain.methods import SFT
 from posttrain.models import fused, quick
 from posttrain.models.attention import attend, segments_of
 from posttrain.models.gemm import Precision
 from posttrain.models.random import random_model
+from posttrain.wiring import build_models
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C compiler, or POSTTRAIN_COMPILE=0")
@@ -205,3 +210,16 @@ def test_models_compute_the_same_with_and_without_them(family: str, monkeypatch:
     for name, grad in own.items():
         scale = float(others[name].abs().max()) or 1.0
         torch.testing.assert_close(grad / scale, others[name] / scale, atol=5e-5, rtol=5e-5)
+
+
+def test_a_run_says_whether_it_has_them_and_warns_where_that_changed(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(SFT(), small_model, tmp_path / "run", precision="bf16")
+    models, _, record = build_models(run)
+    assert record == {"choice": "bf16", "compiled": True}
+    assert models["policy"].compiled
+    assert not build_models(replace(run, precision="exact"))[2]["compiled"]
+    monkeypatch.setattr(quick, "kernels", lambda: None)
+    with pytest.warns(UserWarning, match="compiled kernels are missing, unlike in the part of the run before"):
+        assert not build_models(run, recorded=record)[2]["compiled"]
