@@ -30,7 +30,7 @@ from posttrain.method import Optimizer
 from posttrain.methods import BradleyTerry
 from posttrain.models.load import load
 from posttrain.pack import micro_batches, pack
-from posttrain.report.statistics import proportion_interval
+from posttrain.report.statistics import paired_difference, proportion_interval
 from posttrain.rewards.model import reward_scores
 from posttrain.run import Run, train
 from posttrain.types import Read, Sample, View
@@ -193,6 +193,11 @@ def main() -> None:
     found = {key: proportion_interval(sum(values), len(values)) for key, values in right.items()}
     for key, interval in found.items():
         print(f"{key:28} {100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]")
+    shares = {key: {str(place): [float(one)] for place, one in enumerate(values)} for key, values in right.items()}
+    for key in ("length", "bag of words"):
+        found[f"more than {key}"] = paired_difference(shares[key], shares[name])
+        interval = found[f"more than {key}"]
+        print(f"more than {key:18} {100 * interval.value:+.1f} points [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]")
     if args.json:
         args.json.write_text(json.dumps({key: [i.value, i.low, i.high, i.n] for key, i in found.items()}, indent=1))
 

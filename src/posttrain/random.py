@@ -6,6 +6,8 @@ has to be saved to restart.  Everything is 64-bit integer arithmetic: the same n
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -30,15 +32,33 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 31)
 
 
-def _absorbed(state: Tensor, word: Tensor) -> Tensor:
-    """The state after one more word of the key; the order of words matters."""
-    return _mixed((state * 3) ^ _mixed(word + _GOLDEN)) + _GOLDEN
-
-
 def _signed(value: int) -> int:
     """Any integer as an int64, by its lowest 64 bits."""
     value %= _WORD
     return value - _WORD if value >= _WORD // 2 else value
+
+
+def _absorbed(state: Tensor | int, word: Tensor) -> Tensor:
+    """The state after one more word of the key; the order of words matters."""
+    tripled = _signed(state * 3) if isinstance(state, int) else state * 3
+    return _mixed(_mixed(word + _GOLDEN) ^ tripled) + _GOLDEN
+
+
+@lru_cache(maxsize=64)
+def _begun(*words: int) -> int:
+    """The state after words that all keys share: `_absorbed` from 0, in Python's integers."""
+    state = 0
+    for word in words:
+        state = _mixed_number((state * 3) ^ _mixed_number(word + _GOLDEN)) + _GOLDEN
+    return _signed(state)
+
+
+def _mixed_number(x: int) -> int:
+    """`_mixed` of one number, by its lowest 64 bits."""
+    x %= _WORD
+    x = (x ^ x >> 30) * _FIRST % _WORD
+    x = (x ^ x >> 27) * _SECOND % _WORD
+    return x ^ x >> 31
 
 
 def uniform(seed: int, step: int, index: Tensor, position: Tensor, draws: int = 1, stream: int = 0) -> Tensor:
@@ -64,11 +84,7 @@ def uniform(seed: int, step: int, index: Tensor, position: Tensor, draws: int = 
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014), the mixing function.
     """
-    index, position = torch.broadcast_tensors(index, position)
-    state = torch.zeros_like(index, dtype=torch.int64)
-    for number in (seed, stream, step):
-        state = _absorbed(state, torch.full_like(state, _signed(number)))
-    state = _absorbed(_absorbed(state, index.to(torch.int64)), position.to(torch.int64))
+    state = _absorbed(_absorbed(_begun(seed, stream, step), index.to(torch.int64)), position.to(torch.int64))
     if draws > 1:
         counter = torch.arange(draws, device=state.device, dtype=torch.int64)
         state = state.unsqueeze(-1) + counter * _GOLDEN  # [n] -> [n, draws]

@@ -42,7 +42,7 @@ def preferences(tmp_path: Path, *parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_the_preference_model_learns_harmlessness_from_the_judge_and_help_from_people(tmp_path: Path) -> None:
     found = preferences(tmp_path)
-    people = rows("comparisons", 300)
+    people = rows("comparisons", 900)
     assert len(found) == len(JUDGED) + len(people)
     assert {row["id"] for row in found} == {row["id"] for row in [*JUDGED, *people]}
     assert sorted({row["columns"]["preference"] for row in found}) == [0.75, 1.0]

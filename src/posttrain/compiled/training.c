@@ -78,6 +78,7 @@ void swiglu_backward(const void *grad, int narrow_grad, const void *wide, int na
 
 /* ---------------------------------------------------------------------------------------------------------------- heads */
 
+/* Halves of a head rotated against each other; sign -1 is the transpose, the rotation back for gradients. */
 static inline void rotated(const float *x, const float *cosine, const float *sine, float sign, int64_t d, float *restrict out) {
     int64_t half = d / 2;
     for (int64_t i = 0; i < half; i++) {
