@@ -14,8 +14,8 @@ from posttrain.layout import Layout
 from posttrain.method import Method
 from posttrain.methods import DPO, GRPO, PPO, SFT, BradleyTerry
 from posttrain.models.attention import plan
+from posttrain.models.compiled import QUERIES, attends
 from posttrain.models.model import LanguageModel
-from posttrain.models.quick import QUERIES, attends
 from posttrain.pack import pack
 from posttrain.samplers import NativeSampler
 from posttrain.tasks import task

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain.layout import Behind, Layout
+from posttrain.models.compiled import attends
+from posttrain.models.compiled import attention as compiled_attention
 from posttrain.models.folded import LONGEST, attention
 from posttrain.models.gemm import Precision
-from posttrain.models.quick import attends
-from posttrain.models.quick import attention as compiled_attention
 
 WIDE = (torch.float32, torch.float64)
 PADDING = 0.12

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.models import quick
+from posttrain.models import compiled
 from posttrain.models.fused import heads, rms_norm, swiglu
 from posttrain.models.gemm import Linear, Together, bf16, bf16_together, exact
 
@@ -138,7 +138,7 @@ class Decoder:
         mixed = None if normed_heads else self._together(normed, projections)
         if mixed is not None:
             mixed = mixed.view(len(x), -1, self.head_dim)
-            turned = quick.heads if quick.turns(mixed, cos) else heads
+            turned = compiled.heads if compiled.turns(mixed, cos) else heads
             return turned(mixed, cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
         q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
         k = self.apply(attention.k_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
@@ -156,7 +156,7 @@ class Decoder:
         sides = (mlp.gate_proj, mlp.up_proj)
         if self._compiled(x, norm):
             kind = self._read_as(sides, x)
-            normed, x = quick.add_norm(x, self._raw(out, attended), norm.weight, norm.variance_epsilon, kind=kind)
+            normed, x = compiled.add_norm(x, self._raw(out, attended), norm.weight, norm.variance_epsilon, kind=kind)
         else:
             x = x + self.apply(out, attended)
             normed = self.norm(norm, x, read_by=sides)
@@ -164,14 +164,14 @@ class Decoder:
         if wide is None:
             inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
         else:
-            inner = quick.swiglu(wide) if self.linear is not exact and quick.quick(wide) else swiglu(wide)
+            inner = compiled.swiglu(wide) if self.linear is not exact and compiled.suits(wide) else swiglu(wide)
             inner = inner if type(mlp.down_proj) is nn.Linear else inner.to(x.dtype)
         return x + self.apply(mlp.down_proj, inner)
 
     def _compiled(self, x: Tensor, norm: Any) -> bool:
         """Do compiled kernels norm this?  In a quick precision, float32 on a CPU thread, a norm of Llama's kind."""
         wide = x.dtype == norm.weight.dtype == torch.float32 and x.dim() == 2
-        return wide and self.linear is not exact and not self.offset_norm and quick.quick(x)
+        return wide and self.linear is not exact and not self.offset_norm and compiled.suits(x)
 
     def _read_as(self, modules: Sequence[Any], x: Tensor) -> torch.dtype:
         """What linear layers read `x` as: bfloat16 where that is what their products take."""
@@ -216,7 +216,7 @@ class Decoder:
             return rms_norm_offset(x, module.weight, module.eps)
         if self._compiled(x, module):
             kind = self._read_as(read_by, x) if read_by else x.dtype
-            return quick.rms_norm(x, module.weight, module.variance_epsilon, kind=kind)
+            return compiled.rms_norm(x, module.weight, module.variance_epsilon, kind=kind)
         return rms_norm(x, module.weight, module.variance_epsilon)
 
     def apply(self, module: Any, x: Tensor) -> Tensor:

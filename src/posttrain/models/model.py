@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import CheckpointError, ConfigError, nearest
-from posttrain.models import quick
+from posttrain.models import compiled
 from posttrain.models.attention import attend, probabilities
 from posttrain.models.decoder import Decoder, causal_lm, supports
 from posttrain.models.foreign import ForeignTrunk
@@ -252,7 +252,7 @@ class LanguageModel:
     def compiled(self) -> bool:
         """Do compiled kernels stand between its matrix products?"""
         plain = self.decoder is not None and self.precision != "exact" and self.dtype == torch.float32
-        return plain and self.device.type == "cpu" and quick.quick()
+        return plain and self.device.type == "cpu" and compiled.suits()
 
     def use_quickest(self) -> None:
         """Compute float32 on the back end that a probe finds quickest here: for a model that only writes and is evaluated."""

@@ -21,7 +21,7 @@ QUERIES = 8
 """Queries of a row that the attention kernel takes at a time, as `training.c` has it."""
 
 
-def quick(*tensors: Tensor) -> bool:
+def suits(*tensors: Tensor) -> bool:
     """Can the kernels have these: float32 or bfloat16 on a CPU, with as many threads as they have?"""
     kinds = (torch.float32, torch.bfloat16)
     if not all(x.device.type == "cpu" and x.dtype in kinds for x in tensors):
@@ -32,7 +32,7 @@ def quick(*tensors: Tensor) -> bool:
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Can `attention` have these heads?"""
     wide = all(x.dtype == torch.float32 for x in (q, k, v))
-    return wide and quick(q, k, v) and q.shape[-1] % 16 == 0 and q.shape[-1] <= WIDEST
+    return wide and suits(q, k, v) and q.shape[-1] % 16 == 0 and q.shape[-1] <= WIDEST
 
 
 def _called(name: str, *given: Any) -> None:
@@ -136,7 +136,7 @@ def heads(mixed: Tensor, cos: Tensor, sin: Tensor, *, queries: int, kv: int) -> 
 
 def turns(mixed: Tensor, cos: Tensor) -> bool:
     """Can `heads` have these?"""
-    return cos.dtype == torch.float32 and quick(mixed, cos) and mixed.shape[-1] <= WIDEST
+    return cos.dtype == torch.float32 and suits(mixed, cos) and mixed.shape[-1] <= WIDEST
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int]:
@@ -199,4 +199,4 @@ def attention(
     return _Attention.apply(q, k, v, segments, longest, scale, window or 0, kind)  # type: ignore[no-any-return]
 
 
-__all__ = ["add_norm", "attends", "attention", "heads", "quick", "rms_norm", "swiglu", "turns"]
+__all__ = ["add_norm", "attends", "attention", "heads", "rms_norm", "suits", "swiglu", "turns"]

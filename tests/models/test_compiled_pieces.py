@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain.compiled import kernels
 from posttrain.layout import Behind, Layout
 from posttrain.methods import SFT
-from posttrain.models import fused, quick
+from posttrain.models import compiled, fused
 from posttrain.models.attention import attend, segments_of
 from posttrain.models.gemm import Precision
 from posttrain.models.random import random_model
@@ -66,7 +66,7 @@ def both_ways(
         if kind == torch.float64:
             out = plain(*parts, layout, fronts, window)
         else:
-            assert quick.attends(*parts)
+            assert compiled.attends(*parts)
             out = attend(*parts, layout, scale=width**-0.5, window=window, precision=precision)
         (out.to(kind) * upstream.to(kind)).sum().backward()
         assert mixed.grad is not None
@@ -79,9 +79,9 @@ def both_ways(
 @pytest.mark.parametrize(("precision", "tolerance"), [("fast", FLOAT), ("bf16", BFLOAT)])
 def test_attention_of_packed_rows(heads: tuple[int, int, int], window: int | None, precision: Precision, tolerance: float) -> None:
     layout = packed(ROWS)
-    (out, grad), (quick_out, quick_grad) = both_ways(layout, [-1] * len(ROWS), heads, window, precision)
-    torch.testing.assert_close(quick_out, out, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(quick_grad, grad, atol=4 * tolerance, rtol=4 * tolerance)
+    (out, grad), (our_out, our_grad) = both_ways(layout, [-1] * len(ROWS), heads, window, precision)
+    torch.testing.assert_close(our_out, out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(our_grad, grad, atol=4 * tolerance, rtol=4 * tolerance)
 
 
 @pytest.mark.parametrize("window", [None, 30])
@@ -91,9 +91,9 @@ def test_rows_behind_others_share_their_keys_and_add_to_their_gradients(window: 
     behind = Behind(torch.tensor(fronts[2:]), torch.tensor([21, 21, 50, 0, 21]), first=2)
     layout = Layout(**{**vars(layout), "behind": behind, "plans": {}})
     assert segments_of(layout)[0].tolist()[3] == [78, 40, 0, 21]
-    (out, grad), (quick_out, quick_grad) = both_ways(layout, fronts, (4, 2, 32), window, "fast")
-    torch.testing.assert_close(quick_out, out, atol=FLOAT, rtol=FLOAT)
-    torch.testing.assert_close(quick_grad, grad, atol=4 * FLOAT, rtol=4 * FLOAT)
+    (out, grad), (our_out, our_grad) = both_ways(layout, fronts, (4, 2, 32), window, "fast")
+    torch.testing.assert_close(our_out, out, atol=FLOAT, rtol=FLOAT)
+    torch.testing.assert_close(our_grad, grad, atol=4 * FLOAT, rtol=4 * FLOAT)
 
 
 def test_a_row_is_attended_alike_whatever_stands_beside_it() -> None:
@@ -131,11 +131,11 @@ def test_norms_alone_and_of_a_sum(narrow: bool) -> None:
         kinds = (torch.float32, kind, torch.float32)
         ours = [one.to(each).requires_grad_() for one, each in zip((x, y, weight), kinds, strict=True)]
         if summed:
-            found, found_total = quick.add_norm(ours[0], ours[1], ours[2], 1e-5, kind=kind)
+            found, found_total = compiled.add_norm(ours[0], ours[1], ours[2], 1e-5, kind=kind)
             torch.testing.assert_close(found_total.double(), total, atol=FLOAT, rtol=FLOAT)
             ((found.double() * to_normed).sum() + (found_total.double() * to_sum).sum()).backward()
         else:
-            found = quick.rms_norm(ours[0], ours[2], 1e-5, kind=kind)
+            found = compiled.rms_norm(ours[0], ours[2], 1e-5, kind=kind)
             (found.double() * to_normed).sum().backward()
         assert found.dtype == kind
         torch.testing.assert_close(found.double(), normed, atol=tolerance, rtol=tolerance)
@@ -153,7 +153,7 @@ def test_gates(narrow: bool) -> None:
     gate, up = exact.chunk(2, -1)
     want = torch.nn.functional.silu(gate) * up
     (want * upstream.double()).sum().backward()
-    got = quick.swiglu(ours)
+    got = compiled.swiglu(ours)
     (got * upstream).sum().backward()
     assert exact.grad is not None
     assert ours.grad is not None
@@ -168,7 +168,7 @@ def test_heads(narrow: bool) -> None:
     mixed, (cos, sin) = drawn(rows, queries + 2 * kv, width).to(kind), drawn(2, rows, width, seed=1)
     exact, ours = mixed.double().requires_grad_(), mixed.clone().requires_grad_()
     want = fused.heads(exact, cos, sin, queries=queries, kv=kv)
-    got = quick.heads(ours, cos.float(), sin.float(), queries=queries, kv=kv)
+    got = compiled.heads(ours, cos.float(), sin.float(), queries=queries, kv=kv)
     for seed, (one, other) in enumerate(zip(want, got, strict=True), start=2):
         assert other.dtype == torch.float32
         torch.testing.assert_close(other.double(), one, atol=FLOAT, rtol=FLOAT)
@@ -182,12 +182,12 @@ def test_heads(narrow: bool) -> None:
 
 def test_what_they_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(3, 2, 16)
-    assert quick.attends(x, x, x)
-    assert not quick.attends(x.double(), x.double(), x.double())
-    assert not quick.attends(x[..., :8], x[..., :8], x[..., :8])
-    assert not quick.quick(torch.zeros(3, device="meta"))
+    assert compiled.attends(x, x, x)
+    assert not compiled.attends(x.double(), x.double(), x.double())
+    assert not compiled.attends(x[..., :8], x[..., :8], x[..., :8])
+    assert not compiled.suits(torch.zeros(3, device="meta"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert not quick.attends(x, x, x)
+    assert not compiled.attends(x, x, x)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
@@ -195,9 +195,9 @@ def test_models_compute_the_same_with_and_without_them(family: str, monkeypatch:
     """All families, forward and backward; in float32, where what differs is rounding."""
     layout = Layout.of(torch.arange(3, 60), (20, 30, 7))
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    for compiled in (True, False):
-        if not compiled:
-            monkeypatch.setattr(quick, "kernels", lambda: None)
+    for ours in (True, False):
+        if not ours:
+            monkeypatch.setattr(compiled, "kernels", lambda: None)
         model = random_model(family, head_dim=16)
         model.use_precision("fast")
         hidden = model.trunk(layout).hidden
@@ -220,6 +220,6 @@ def test_a_run_says_whether_it_has_them_and_warns_where_that_changed(
     assert record == {"choice": "bf16", "compiled": True}
     assert models["policy"].compiled
     assert not build_models(replace(run, precision="exact"))[2]["compiled"]
-    monkeypatch.setattr(quick, "kernels", lambda: None)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
     with pytest.warns(UserWarning, match="compiled kernels are missing, unlike in the part of the run before"):
         assert not build_models(run, recorded=record)[2]["compiled"]
