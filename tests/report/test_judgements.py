@@ -155,3 +155,10 @@ def test_what_a_judge_compared_is_shown_with_both_orders_and_its_reasons(tmp_pat
     for shown in ("<td>pairwise</td>", "<td>be kind</td>", "because", "the first", "no choice: no verdict"):
         assert shown in text
     assert "<script" not in text
+
+
+def test_nothing_is_chosen_where_the_judge_is_undecided(tmp_path: Path) -> None:
+    stage(tmp_path, "tied", [choice(probabilities=[0.50002, 0.49998])])
+    assert "<b>chosen</b>" not in judgements_page("run", judgements_of(tmp_path))
+    stage(tmp_path, "won", [choice()])
+    assert judgements_page("run", judgements_of(tmp_path)).count("<b>chosen</b>") == 1

@@ -149,9 +149,15 @@ def _case(record: Mapping[str, Any]) -> dict[str, Any]:
         "probabilities": p,
         "rotations": list(record.get("rotations") or []),
         "names": [str(place) for place in range(1, len(p) + 1)],
-        "best": p.index(max(p)) if p else None,
+        "best": _best(p),
         "sent": [_turns(messages) for messages in sent],
     }
+
+
+def _best(p: Sequence[float]) -> int | None:
+    """The place of the likeliest; None where another is as likely to what the page shows."""
+    most = max(p, default=0.0)
+    return p.index(most) if sum(f"{one:.3f}" == f"{most:.3f}" for one in p) == 1 else None
 
 
 def _turns(messages: Any) -> str:
