@@ -7,6 +7,7 @@ has to be saved to restart.  Everything is 64-bit integer arithmetic: the same n
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,45 +21,42 @@ _FIRST = 0xBF58476D1CE4E5B9 - _WORD
 _SECOND = 0x94D049BB133111EB - _WORD
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """The logical right shift of int64: torch's own copies the sign in from the left."""
+Word = TypeVar("Word", Tensor, int)
+"""Keys a tensor at a time, or one that all of them share: the same 64 bits either way."""
+
+
+def _wrapped(x: Word) -> Word:
+    """An integer as an int64, by its lowest 64 bits; tensors wrap by themselves."""
+    if isinstance(x, Tensor):
+        return x
+    return (x + _WORD // 2) % _WORD - _WORD // 2
+
+
+def _shifted(x: Word, bits: int) -> Word:
+    """The logical right shift of int64: the plain one copies the sign in from the left."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mixed(x: Word) -> Word:
     """The finaliser of splitmix64: every bit of the result hangs on every bit of `x`."""
-    x = (x ^ _shifted(x, 30)) * _FIRST
-    x = (x ^ _shifted(x, 27)) * _SECOND
+    x = _wrapped((x ^ _shifted(x, 30)) * _FIRST)
+    x = _wrapped((x ^ _shifted(x, 27)) * _SECOND)
     return x ^ _shifted(x, 31)
 
 
-def _signed(value: int) -> int:
-    """Any integer as an int64, by its lowest 64 bits."""
-    value %= _WORD
-    return value - _WORD if value >= _WORD // 2 else value
-
-
-def _absorbed(state: Tensor | int, word: Tensor) -> Tensor:
-    """The state after one more word of the key; the order of words matters."""
-    tripled = _signed(state * 3) if isinstance(state, int) else state * 3
-    return _mixed(_mixed(word + _GOLDEN) ^ tripled) + _GOLDEN
+def _absorbed(state: Any, word: Word) -> Word:
+    """The state (a tensor, or one integer) after one more word of the key; the order of words matters."""
+    mixed: Word = _mixed(_mixed(_wrapped(word + _GOLDEN)) ^ _wrapped(state * 3))
+    return _wrapped(mixed + _GOLDEN)
 
 
 @lru_cache(maxsize=64)
 def _begun(*words: int) -> int:
-    """The state after words that all keys share: `_absorbed` from 0, in Python's integers."""
+    """The state after words that all keys share."""
     state = 0
     for word in words:
-        state = _mixed_number((state * 3) ^ _mixed_number(word + _GOLDEN)) + _GOLDEN
-    return _signed(state)
-
-
-def _mixed_number(x: int) -> int:
-    """`_mixed` of one number, by its lowest 64 bits."""
-    x %= _WORD
-    x = (x ^ x >> 30) * _FIRST % _WORD
-    x = (x ^ x >> 27) * _SECOND % _WORD
-    return x ^ x >> 31
+        state = _absorbed(state, word)
+    return state
 
 
 def uniform(seed: int, step: int, index: Tensor, position: Tensor, draws: int = 1, stream: int = 0) -> Tensor:

@@ -118,47 +118,36 @@ void heads_backward(const float *grad_q, const float *grad_k, const float *grad_
 
 /* ------------------------------------------------------------------------------------------------------------ attention */
 
+/* out[r][0 .. 32) = sum over i of x[r, i] * vectors[i][0 .. 32) for QUERIES rows, given the distances between r and between i in x,
+ * between vectors, and between rows of out. */
+static inline void sums(const float *x, int64_t row, int64_t step, const float *vectors, int64_t apart, int64_t count, float *out,
+                        int64_t out_row) {
+    v16 one[QUERIES] = {{0}}, two[QUERIES] = {{0}};
+    for (int64_t i = 0; i < count; i++) {
+        v16 a = *(const v16 *)(vectors + i * apart), b = *(const v16 *)(vectors + i * apart + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < QUERIES; r++) {
+            one[r] += x[r * row + i * step] * a;
+            two[r] += x[r * row + i * step] * b;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < QUERIES; r++) {
+        *(v16 *)(out + r * out_row) = one[r];
+        *(v16 *)(out + r * out_row + 16) = two[r];
+    }
+}
+
 /* out[r][j] = q[r] . key j for QUERIES rows and columns [from, to), both multiples of COLUMNS.
  * q: [d][QUERIES]; keys: blocks of COLUMNS, [S / COLUMNS][d][COLUMNS]; out: [QUERIES][S]. */
 static inline void products(const float *q, const float *keys, int64_t d, int64_t from, int64_t to, int64_t S, float *out) {
-    for (int64_t j = from; j < to; j += COLUMNS) {
-        const float *key = keys + j * d;
-        v16 one[QUERIES] = {{0}}, two[QUERIES] = {{0}};
-        for (int64_t i = 0; i < d; i++) {
-            v16 a = *(const v16 *)(key + i * COLUMNS), b = *(const v16 *)(key + i * COLUMNS + 16);
-#pragma GCC unroll 8
-            for (int r = 0; r < QUERIES; r++) {
-                one[r] += q[i * QUERIES + r] * a;
-                two[r] += q[i * QUERIES + r] * b;
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < QUERIES; r++) {
-            *(v16 *)(out + r * S + j) = one[r];
-            *(v16 *)(out + r * S + j + 16) = two[r];
-        }
-    }
+    for (int64_t j = from; j < to; j += COLUMNS) sums(q, 1, QUERIES, keys + j * d, COLUMNS, d, out + j, S);
 }
 
 /* out[r] = sum over j in [from, to) of p[r][j] * rows[j].  p: [QUERIES][S]; rows: [S][d]; out: [QUERIES][d]. */
 static inline void mixture(const float *p, const float *rows, int64_t d, int64_t from, int64_t to, int64_t S, float *out) {
     int64_t c = 0;
-    for (; c + 32 <= d; c += 32) {
-        v16 one[QUERIES] = {{0}}, two[QUERIES] = {{0}};
-        for (int64_t j = from; j < to; j++) {
-            v16 a = *(const v16 *)(rows + j * d + c), b = *(const v16 *)(rows + j * d + c + 16);
-#pragma GCC unroll 8
-            for (int r = 0; r < QUERIES; r++) {
-                one[r] += p[r * S + j] * a;
-                two[r] += p[r * S + j] * b;
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < QUERIES; r++) {
-            *(v16 *)(out + r * d + c) = one[r];
-            *(v16 *)(out + r * d + c + 16) = two[r];
-        }
-    }
+    for (; c + 32 <= d; c += 32) sums(p + from, S, 1, rows + from * d + c, d, to - from, out + c, d);
     for (; c < d; c += 16)
         for (int r = 0; r < QUERIES; r++) {
             v16 sum = {0};

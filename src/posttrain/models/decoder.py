@@ -164,7 +164,7 @@ class Decoder:
         if wide is None:
             inner = mlp.act_fn(self.apply(mlp.gate_proj, normed)) * self.apply(mlp.up_proj, normed)
         else:
-            inner = compiled.swiglu(wide) if self.linear is not exact and compiled.suits(wide) else swiglu(wide)
+            inner = compiled.swiglu(wide) if compiled.suits(wide) else swiglu(wide)
             inner = inner if type(mlp.down_proj) is nn.Linear else inner.to(x.dtype)
         return x + self.apply(mlp.down_proj, inner)
 
