@@ -11,14 +11,18 @@ import torch
 from posttrain import compiled
 from posttrain.compiled import kernels
 from posttrain.errors import NumericsError
+from posttrain.forward import read
+from posttrain.layout import Layout
 from posttrain.models.gemm import Precision, has_onednn
 from posttrain.models.model import LanguageModel
 from posttrain.models.random import random_model
+from posttrain.pack import pack
+from posttrain.reads import logprob
 from posttrain.samplers import NativeSampler
 from posttrain.samplers.cache import CachedStepper
 from posttrain.samplers.compiled_step import CompiledStepper, can_step
 from posttrain.samplers.draw import draw
-from posttrain.types import Origin, Sample, Sampling
+from posttrain.types import Origin, Sample, Sampling, View
 
 torch.set_num_threads(1)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of heads": ("qwen3", {}),
     "window": ("mistral", {"head_dim": 16, "sliding_window": 7}),
     "odd inner width": ("llama", {"head_dim": 48, "intermediate_size": 37}),
+    "nine heads to a key head": ("llama", {"head_dim": 16, "num_attention_heads": 9, "num_key_value_heads": 1, "hidden_size": 144}),
 }
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C compiler, or POSTTRAIN_COMPILE=0")
 
@@ -40,8 +45,9 @@ def make(name: str, precision: Precision) -> LanguageModel:
     return model
 
 
-def prompt(*tokens: int, index: int = 0) -> Sample:
-    return Sample(tokens=list(tokens), origin=[int(Origin.USER)] * len(tokens), trained=[False] * len(tokens), index=index)
+def prompt(*tokens: int, index: int = 0, group: str = "") -> Sample:
+    size = len(tokens)
+    return Sample(tokens=list(tokens), origin=[int(Origin.USER)] * size, trained=[False] * size, index=index, group=group)
 
 
 @needs_kernels
@@ -76,6 +82,42 @@ def test_every_step_gives_the_logits_of_the_plain_one(name: str, precision: Prec
             if precision == "fast":
                 assert torch.equal(quick.argmax(-1), plain.argmax(-1))
             position += 1
+
+
+@needs_kernels
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["fast", "bf16"])
+def test_the_sampler_computes_what_the_trainer_computes_to_the_last_bit(name: str, precision: Precision) -> None:
+    model = make(name, precision)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 61, (size + 70,), generator=generator).tolist() for size in (5, 1, 33)]
+    prompts = [tuple(row[:-70]) for row in rows]
+    layout = Layout.of_rows(rows)
+    with torch.no_grad():
+        trained = model.logits(model.trunk(layout).hidden).split(layout.sizes)  # [T, V] a row
+        stepper = CompiledStepper(model, slots=4, longest=110, columns=40)
+        for slot, prefix in enumerate(stepper.prefill(prompts)):
+            stepper.admit(torch.tensor([slot]), prefix)
+            assert torch.equal(prefix.logits, trained[slot][len(prefix.tokens) - 1])
+        for number in range(70):
+            position = torch.tensor([len(tokens) + number for tokens in prompts])
+            tokens = torch.tensor([row[at] for row, at in zip(rows, position.tolist(), strict=True)])
+            found = stepper.step(tokens, position, int(position.max()) + 1)
+            assert torch.equal(found, torch.stack([own[at] for own, at in zip(trained, position.tolist(), strict=True)]))
+
+
+@needs_kernels
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("precision", ["fast", "bf16"])
+def test_logprobs_of_sampler_and_trainer_differ_by_two_millionths_at_most(precision: Precision) -> None:
+    model = make("llama", precision)
+    asked = [prompt(*range(3, 5 + i % 7), index=i, group=str(i % 7)) for i in range(21)]
+    sampler = NativeSampler(model, None, stop_tokens=(2,), max_batch=5)
+    written = sampler.sample(asked, sampling=Sampling(max_tokens=40), seed=0, step=0)
+    batch = pack(written)
+    seen = read({"policy": model}, batch, {"policy": View(reads=(logprob,), grad=False)})
+    assert float(((seen.policy.logprob - batch.logprobs).abs() * batch.mask).max()) <= 2e-6
 
 
 @needs_kernels

@@ -83,4 +83,85 @@ static inline float squares(const float *x, int64_t count) {
     return out;
 }
 
+/* ------------------------------------------------------------------------------------------------------------ attention
+ *
+ * A decoding step and a training step share every function below, and both add up in the same order: one key after another, one
+ * depth after another, sixteen lanes of a softmax.  So the sampler's states are the trainer's, bit for bit.  `R`, how many queries
+ * go together, is a constant where these are called, and changes no sum.
+ */
+
+enum { QUERIES = 8, COLUMNS = 32, DEEPEST = 256 };
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE v16 sixteen(const void *values, int is_narrow, int64_t at) {
+    if (!is_narrow) return *(const v16 *)((const float *)values + at);
+    u16v bits = __builtin_convertvector(*(const h16 *)((const bf16 *)values + at), u16v) << 16;
+    v16 out;
+    memcpy(&out, &bits, 64);
+    return out;
+}
+
+/* out[r][0 .. 32) = sum over i of x[r, i] * vectors[i][0 .. 32) for R rows, given the distances between r and between i in x,
+ * between vectors, and between rows of out. */
+INLINE void sums(const int R, const float *x, int64_t row, int64_t step, const void *vectors, int is_narrow, int64_t at,
+                 int64_t apart, int64_t count, float *out, int64_t out_row) {
+    v16 one[QUERIES] = {{0}}, two[QUERIES] = {{0}};
+    for (int64_t i = 0; i < count; i++) {
+        v16 a = sixteen(vectors, is_narrow, at + i * apart), b = sixteen(vectors, is_narrow, at + i * apart + 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            one[r] += x[r * row + i * step] * a;
+            two[r] += x[r * row + i * step] * b;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        *(v16 *)(out + r * out_row) = one[r];
+        *(v16 *)(out + r * out_row + 16) = two[r];
+    }
+}
+
+/* out[r] = sum over j in [from, to) of p[r][j] * vectors[j].  p: [R][S]; vectors, from place `at` on: [S][d]; out: [R][d]. */
+INLINE void mixture(const int R, const float *p, const void *vectors, int is_narrow, int64_t at, int64_t d, int64_t from, int64_t to,
+                    int64_t S, float *out) {
+    int64_t c = 0;
+    for (; c + 32 <= d; c += 32)
+        sums(R, p + from, S, 1, vectors, is_narrow, at + from * d + c, d, to - from, out + c, d);
+    for (; c < d; c += 16)
+        for (int r = 0; r < R; r++) {
+            v16 sum = {0};
+            for (int64_t j = from; j < to; j++) sum += p[r * S + j] * sixteen(vectors, is_narrow, at + j * d + c);
+            *(v16 *)(out + r * d + c) = sum;
+        }
+}
+
+/* scores -> exp(score - most) within [low, high], 0 elsewhere in [from, to), multiples of 16; most, and the sum of the row. */
+static inline float row_softmax(float *scores, int64_t low, int64_t high, int64_t from, int64_t to, float *most) {
+    float top = scores[low];
+    for (int64_t j = from; j < low; j++) scores[j] = -INFINITY;
+    for (int64_t j = high + 1; j < to; j++) scores[j] = -INFINITY;
+    float tops[16];
+    for (int l = 0; l < 16; l++) tops[l] = top;
+    for (int64_t j = from; j < to; j += 16)
+        for (int l = 0; l < 16; l++) tops[l] = scores[j + l] > tops[l] ? scores[j + l] : tops[l];
+    for (int l = 0; l < 16; l++) top = tops[l] > top ? tops[l] : top;
+    for (int64_t j = from; j < to; j++) scores[j] = exponential(scores[j] - top);
+    for (int64_t j = from; j < low; j++) scores[j] = 0.0f;
+    for (int64_t j = high + 1; j < to; j++) scores[j] = 0.0f;
+    v16 sum = {0};
+    for (int64_t j = from; j < to; j += 16) sum += *(v16 *)(scores + j);
+    *most = top;
+    return total(sum);
+}
+
+/* Halves of a head rotated against each other; sign -1 is the transpose, the rotation back for gradients. */
+INLINE void rotated(const float *x, const float *cosine, const float *sine, float sign, int64_t d, float *restrict out) {
+    int64_t half = d / 2;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = x[i] * cosine[i] - sign * x[i + half] * sine[sign > 0 ? i : i + half];
+        out[i + half] = x[i + half] * cosine[i + half] + sign * x[i] * sine[sign > 0 ? i + half : i];
+    }
+}
+
 #endif

@@ -35,98 +35,63 @@ void swiglu(const void *wide, int wide_narrow, void *out, int out_narrow, int64_
     }
 }
 
-static inline void turned(float *x, const float *weight, float eps, const float *cosine, const float *sine, int64_t d) {
-    float before[256];
+/* One head of `mixed`, normed where there is a weight and rotated. */
+static inline void head_at(const void *mixed, int is_narrow, int64_t at, const float *weight, float eps, const float *cosine,
+                           const float *sine, int64_t d, float *out) {
+    float before[DEEPEST];
+    load(mixed, is_narrow, at, d, before);
     if (weight) {
-        float scale = 1.0f / sqrtf(squares(x, d) / (float)d + eps);
-        for (int64_t i = 0; i < d; i++) x[i] = x[i] * scale * weight[i];
+        float scale = 1.0f / sqrtf(squares(before, d) / (float)d + eps);
+        for (int64_t i = 0; i < d; i++) before[i] = before[i] * scale * weight[i];
     }
-    memcpy(before, x, d * sizeof(float));
-    int64_t half = d / 2;
-    for (int64_t i = 0; i < half; i++) {
-        x[i] = before[i] * cosine[i] - before[i + half] * sine[i];
-        x[i + half] = before[i + half] * cosine[i + half] + before[i] * sine[i + half];
-    }
+    rotated(before, cosine, sine, 1.0f, d, out);
 }
 
-/* scores[first .. last] of one query, in blocks of 32 columns from a multiple of 32. */
-static inline void score(const float *query, const float *keys, int64_t d, int64_t C, int64_t first, int64_t last, float *scores) {
-    for (int64_t j = first / 32 * 32; j <= last; j += 32) {
-        v16 one = {0}, two = {0};
-        for (int64_t i = 0; i < d; i++) {
-            const float *key = keys + i * C + j;
-            one += query[i] * *(const v16 *)key;
-            two += query[i] * *(const v16 *)(key + 16);
-        }
-        *(v16 *)(scores + j) = one;
-        *(v16 *)(scores + j + 16) = two;
-    }
-}
-
-static inline void softmax(float *scores, int64_t first, int64_t last) {
-    float most = scores[first], sum = 0.0f;
-    for (int64_t j = first; j <= last; j++) most = scores[j] > most ? scores[j] : most;
-    for (int64_t j = first; j <= last; j++) scores[j] = exponential(scores[j] - most);
-    for (int64_t j = first; j <= last; j++) sum += scores[j];
-    float scale = 1.0f / sum;
-    for (int64_t j = first; j <= last; j++) scores[j] *= scale;
-}
-
-static inline v16 sixteen(const void *values, int is_narrow, int64_t at) {
-    if (!is_narrow) return *(const v16 *)((const float *)values + at);
-    u16v bits = __builtin_convertvector(*(const h16 *)((const bf16 *)values + at), u16v) << 16;
-    v16 out;
-    memcpy(&out, &bits, 64);
-    return out;
-}
-
-static inline void weighed(const float *p, const void *values, int is_narrow, int64_t start, int64_t d, int64_t first,
-                           int64_t last, float *out) {
-    for (int64_t i = 0; i < d; i += 16) {
-        v16 even = {0}, odd = {0};
-        int64_t j = first;
-        for (; j < last; j += 2) {
-            even += p[j] * sixteen(values, is_narrow, start + j * d + i);
-            odd += p[j + 1] * sixteen(values, is_narrow, start + (j + 1) * d + i);
-        }
-        if (j == last) even += p[j] * sixteen(values, is_narrow, start + j * d + i);
-        *(v16 *)(out + i) = even + odd;
-    }
+/* What R queries of one row find in the cache: queries [R][d], keys [d][C], values from place `start` on [C][d]; out [R][d]. */
+INLINE void found(const int R, const float *queries, const float *keys, const void *values, int is_narrow, int64_t start, int64_t d,
+                  int64_t C, float scale, int64_t first, int64_t last, float *p, float *out) {
+    int64_t from = first / COLUMNS * COLUMNS, to = last / COLUMNS * COLUMNS + COLUMNS;
+    float columns[QUERIES * DEEPEST];
+    for (int64_t i = 0; i < d; i++)
+        for (int r = 0; r < R; r++) columns[i * R + r] = queries[r * d + i] * scale;
+    for (int64_t j = from; j < to; j += COLUMNS) sums(R, columns, 1, R, keys, 0, j, C, d, p + j, C);
+    float inverse[QUERIES], most;
+    for (int r = 0; r < R; r++) inverse[r] = 1.0f / row_softmax(p + r * C, first, last, from, to, &most);
+    mixture(R, p, values, is_narrow, start, d, from, last + 1, C, out);
+    for (int r = 0; r < R; r++)
+        for (int64_t i = 0; i < d; i++) out[r * d + i] *= inverse[r];
 }
 
 /* One token a row: queries, keys and values of `mixed` [rows, heads + 2 kv, d] are normed (where there are weights) and
  * rotated, keys [rows * kv, d, C] and values [rows * kv, C, d] get the token at its position, and every query looks at the
- * tokens before it (the last `window` of them, or all at 0).  out: [rows, heads * d]. */
+ * tokens before it (the last `window` of them, or all at 0).  out: [rows, heads * d]; scratch: [QUERIES * C]. */
 void attend(const void *mixed, int mixed_narrow, const float *cosine, const float *sine, const int64_t *positions, float *keys,
             void *values, int values_narrow, void *out, int out_narrow, const float *q_norm, const float *k_norm, float eps,
-            int64_t rows, int64_t kv, int64_t share, int64_t d, int64_t C, float scale, int64_t window, float *scores) {
+            int64_t rows, int64_t kv, int64_t share, int64_t d, int64_t C, float scale, int64_t window, float *scratch) {
     int64_t heads = kv * share;
-    float query[256], other[256];
+    float queries[QUERIES * DEEPEST], results[QUERIES * DEEPEST];
     for (int64_t b = 0; b < rows; b++) {
         int64_t last = positions[b], first = window > 0 && last >= window ? last - window + 1 : 0;
         const float *c = cosine + last * d, *s = sine + last * d;
         int64_t row = b * (heads + 2 * kv) * d;
         for (int64_t g = 0; g < kv; g++) {
-            float *own_keys = keys + (b * kv + g) * d * C;
+            float *own = keys + (b * kv + g) * d * C;
             int64_t start = (b * kv + g) * C * d;
-            load(mixed, mixed_narrow, row + (heads + g) * d, d, other);
-            turned(other, k_norm, eps, c, s, d);
-            for (int64_t i = 0; i < d; i++) own_keys[i * C + last] = other[i];
-            load(mixed, mixed_narrow, row + (heads + kv + g) * d, d, other);
-            store(values, values_narrow, start + last * d, d, other);
-            for (int64_t h = g * share; h < (g + 1) * share; h++) {
-                load(mixed, mixed_narrow, row + h * d, d, query);
-                turned(query, q_norm, eps, c, s, d);
-                for (int64_t i = 0; i < d; i++) query[i] *= scale;
-                score(query, own_keys, d, C, first, last, scores);
-                softmax(scores, first, last);
-                if (values_narrow) {
-                    for (int64_t j = first; j <= last; j++) scores[j] = rounded(scores[j], 1);
-                    weighed(scores, values, 1, start, d, first, last, other);
-                } else {
-                    weighed(scores, values, 0, start, d, first, last, other);
-                }
-                store(out, out_narrow, (b * heads + h) * d, d, other);
+            head_at(mixed, mixed_narrow, row + (heads + g) * d, k_norm, eps, c, s, d, queries);
+            for (int64_t i = 0; i < d; i++) own[i * C + last] = queries[i];
+            load(mixed, mixed_narrow, row + (heads + kv + g) * d, d, queries);
+            store(values, values_narrow, start + last * d, d, queries);
+            for (int64_t h = g * share, R; h < (g + 1) * share; h += R) {
+                int64_t left = (g + 1) * share - h;
+                R = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                for (int64_t r = 0; r < R; r++)
+                    head_at(mixed, mixed_narrow, row + (h + r) * d, q_norm, eps, c, s, d, queries + r * d);
+#define FOUND(R) found(R, queries, own, values, values_narrow, start, d, C, scale, first, last, scratch, results)
+                if (R == 8) FOUND(8);
+                else if (R == 4) FOUND(4);
+                else if (R == 2) FOUND(2);
+                else FOUND(1);
+                store(out, out_narrow, (b * heads + h) * d, R * d, results);
             }
         }
     }

@@ -6,8 +6,6 @@
  */
 #include "common.h"
 
-enum { QUERIES = 8, COLUMNS = 32, DEEPEST = 256 };
-
 /* ---------------------------------------------------------------------------------------------------------------- norms */
 
 /* Where there is a y: to = x + y, and the norm is of that.  scales = 1 / rms(x), out = x * scales * weight. */
@@ -78,15 +76,6 @@ void swiglu_backward(const void *grad, int narrow_grad, const void *wide, int na
 
 /* ---------------------------------------------------------------------------------------------------------------- heads */
 
-/* Halves of a head rotated against each other; sign -1 is the transpose, the rotation back for gradients. */
-static inline void rotated(const float *x, const float *cosine, const float *sine, float sign, int64_t d, float *restrict out) {
-    int64_t half = d / 2;
-    for (int64_t i = 0; i < half; i++) {
-        out[i] = x[i] * cosine[i] - sign * x[i + half] * sine[sign > 0 ? i : i + half];
-        out[i + half] = x[i + half] * cosine[i + half] + sign * x[i] * sine[sign > 0 ? i + half : i];
-    }
-}
-
 /* mixed [rows, turn + keep, d] -> its first heads rotated [rows, turn, d], and the others [rows, keep, d]; cos, sin [rows, d]. */
 void heads_forward(const void *mixed, int narrow, const float *cosine, const float *sine, float *turned, float *kept, int64_t rows,
                    int64_t turn, int64_t keep, int64_t d) {
@@ -118,46 +107,14 @@ void heads_backward(const float *grad_q, const float *grad_k, const float *grad_
 
 /* ------------------------------------------------------------------------------------------------------------ attention */
 
-/* out[r][0 .. 32) = sum over i of x[r, i] * vectors[i][0 .. 32) for QUERIES rows, given the distances between r and between i in x,
- * between vectors, and between rows of out. */
-static inline void sums(const float *x, int64_t row, int64_t step, const float *vectors, int64_t apart, int64_t count, float *out,
-                        int64_t out_row) {
-    v16 one[QUERIES] = {{0}}, two[QUERIES] = {{0}};
-    for (int64_t i = 0; i < count; i++) {
-        v16 a = *(const v16 *)(vectors + i * apart), b = *(const v16 *)(vectors + i * apart + 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < QUERIES; r++) {
-            one[r] += x[r * row + i * step] * a;
-            two[r] += x[r * row + i * step] * b;
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < QUERIES; r++) {
-        *(v16 *)(out + r * out_row) = one[r];
-        *(v16 *)(out + r * out_row + 16) = two[r];
-    }
+/* out[r][j] = q[r] . key j for R rows and columns [from, to), both multiples of COLUMNS.
+ * q: [d][R]; keys: blocks of COLUMNS, [S / COLUMNS][d][COLUMNS]; out: [R][S]. */
+INLINE void products(const int R, const float *q, const float *keys, int64_t d, int64_t from, int64_t to, int64_t S, float *out) {
+    for (int64_t j = from; j < to; j += COLUMNS) sums(R, q, 1, R, keys, 0, j * d, COLUMNS, d, out + j, S);
 }
 
-/* out[r][j] = q[r] . key j for QUERIES rows and columns [from, to), both multiples of COLUMNS.
- * q: [d][QUERIES]; keys: blocks of COLUMNS, [S / COLUMNS][d][COLUMNS]; out: [QUERIES][S]. */
-static inline void products(const float *q, const float *keys, int64_t d, int64_t from, int64_t to, int64_t S, float *out) {
-    for (int64_t j = from; j < to; j += COLUMNS) sums(q, 1, QUERIES, keys + j * d, COLUMNS, d, out + j, S);
-}
-
-/* out[r] = sum over j in [from, to) of p[r][j] * rows[j].  p: [QUERIES][S]; rows: [S][d]; out: [QUERIES][d]. */
-static inline void mixture(const float *p, const float *rows, int64_t d, int64_t from, int64_t to, int64_t S, float *out) {
-    int64_t c = 0;
-    for (; c + 32 <= d; c += 32) sums(p + from, S, 1, rows + from * d + c, d, to - from, out + c, d);
-    for (; c < d; c += 16)
-        for (int r = 0; r < QUERIES; r++) {
-            v16 sum = {0};
-            for (int64_t j = from; j < to; j++) sum += p[r * S + j] * *(const v16 *)(rows + j * d + c);
-            *(v16 *)(out + r * d + c) = sum;
-        }
-}
-
-/* rows[j] += sum over r of p[r][j] * x[r] for j in [from, to), multiples of 4.  x: [QUERIES][d]. */
-static inline void spread(const float *p, const float *x, int64_t d, int64_t from, int64_t to, int64_t S, float *rows) {
+/* rows[j] += sum over r of p[r][j] * x[r] for j in [from, to), multiples of 4.  x: [R][d]. */
+INLINE void spread(const int R, const float *p, const float *x, int64_t d, int64_t from, int64_t to, int64_t S, float *rows) {
     for (int64_t j = from; j < to; j += 4) {
         float *out = rows + j * d;
         int64_t c = 0;
@@ -169,7 +126,7 @@ static inline void spread(const float *p, const float *x, int64_t d, int64_t fro
                 two[k] = *(v16 *)(out + k * d + c + 16);
             }
 #pragma GCC unroll 8
-            for (int r = 0; r < QUERIES; r++) {
+            for (int r = 0; r < R; r++) {
                 v16 a = *(const v16 *)(x + r * d + c), b = *(const v16 *)(x + r * d + c + 16);
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; k++) {
@@ -186,7 +143,7 @@ static inline void spread(const float *p, const float *x, int64_t d, int64_t fro
         for (; c < d; c += 16)
             for (int k = 0; k < 4; k++) {
                 v16 sum = *(v16 *)(out + k * d + c);
-                for (int r = 0; r < QUERIES; r++) sum += p[r * S + j + k] * *(const v16 *)(x + r * d + c);
+                for (int r = 0; r < R; r++) sum += p[r * S + j + k] * *(const v16 *)(x + r * d + c);
                 *(v16 *)(out + k * d + c) = sum;
             }
     }
@@ -219,32 +176,13 @@ static void gathered(const float *x, int64_t stride, int64_t d, const Segment *s
     memset(out + count * d, 0, (s->S - count) * d * sizeof(float));
 }
 
-/* Eight rows of a tensor from a row on, times a factor, as rows and as columns; zeros beyond the last. */
-static inline void eight(const void *x, int narrow, int64_t stride, int64_t at, int64_t count, int64_t d, float factor, float *rows,
-                         float *columns) {
-    for (int r = 0; r < QUERIES; r++) {
+/* R rows of a tensor from a row on, times a factor, as rows and as columns; zeros beyond the last of `count`. */
+INLINE void taken(const int R, const void *x, int narrow, int64_t stride, int64_t at, int64_t count, int64_t d, float factor,
+                  float *rows, float *columns) {
+    for (int r = 0; r < R; r++) {
         if (r < count) load(x, narrow, at + r * stride, d, rows + r * d);
-        for (int64_t i = 0; i < d; i++) columns[i * QUERIES + r] = rows[r * d + i] = r < count ? rows[r * d + i] * factor : 0.0f;
+        for (int64_t i = 0; i < d; i++) columns[i * R + r] = rows[r * d + i] = r < count ? rows[r * d + i] * factor : 0.0f;
     }
-}
-
-/* scores -> exp(score - most) within [low, high], 0 elsewhere in [from, to); most and the sum of a row. */
-static inline float row_softmax(float *scores, int64_t low, int64_t high, int64_t from, int64_t to, float *most) {
-    float top = scores[low];
-    for (int64_t j = from; j < low; j++) scores[j] = -INFINITY;
-    for (int64_t j = high + 1; j < to; j++) scores[j] = -INFINITY;
-    float tops[16];
-    for (int l = 0; l < 16; l++) tops[l] = top;
-    for (int64_t j = from; j < to; j += 16)
-        for (int l = 0; l < 16; l++) tops[l] = scores[j + l] > tops[l] ? scores[j + l] : tops[l];
-    for (int l = 0; l < 16; l++) top = tops[l] > top ? tops[l] : top;
-    for (int64_t j = from; j < to; j++) scores[j] = exponential(scores[j] - top);
-    for (int64_t j = from; j < low; j++) scores[j] = 0.0f;
-    for (int64_t j = high + 1; j < to; j++) scores[j] = 0.0f;
-    v16 sum = {0};
-    for (int64_t j = from; j < to; j += 16) sum += *(v16 *)(scores + j);
-    *most = top;
-    return total(sum);
 }
 
 /* What query i of a segment may look at: [low, high] among its keys. */
@@ -253,13 +191,55 @@ static inline void sight(const Segment *s, int64_t i, int64_t window, int64_t *l
     *low = window > 0 && *high >= window ? *high - window + 1 : 0;
 }
 
+/* Queries, keys and values with strides between tokens, and one head of each: q [n, H, d], k and v [n, kv, d]. */
+typedef struct {
+    const float *q, *k, *v;
+    int64_t q_stride, k_stride, v_stride, H, d, window, head; /* head: of the queries */
+    float scale;
+} Heads;
+
+/* Queries i to i + here of a segment, at most R, and the columns that any of them reads: whole blocks from `from` to `to`. */
+typedef struct {
+    int64_t i, here, from, to;
+} Block;
+
+static inline Block block_at(const Segment *s, int64_t i, int64_t window) {
+    int64_t here = s->t - i < QUERIES ? s->t - i : QUERIES, low, high;
+    sight(s, i, window, &low, &high);
+    return (Block){i, here, low / COLUMNS * COLUMNS, (s->before + i + here + COLUMNS - 1) / COLUMNS * COLUMNS};
+}
+
+/* Run a function for the queries of a block, by fours where there are no more: their number is a constant inside it. */
+#define FOR_BLOCK(block, function, ...) ((block).here > 4 ? function(8, __VA_ARGS__) : function(4, __VA_ARGS__))
+
+/* One block of one head; keys in blocks of columns, values [S][d]. */
+INLINE void forward_block(const int R, const Heads *of, const Segment *s, Block block, const float *keys, const float *values,
+                          float *p, void *out, int narrow, float *logsums) {
+    float rows[QUERIES * DEEPEST], columns[QUERIES * DEEPEST], inverse[QUERIES];
+    int64_t d = of->d, token = s->first + block.i;
+    taken(R, of->q, 0, of->q_stride, token * of->q_stride + of->head * d, block.here, d, of->scale, rows, columns);
+    products(R, columns, keys, d, block.from, block.to, s->S, p);
+    for (int64_t r = 0; r < R; r++) {
+        int64_t low, high;
+        float most;
+        sight(s, block.i + (r < block.here ? r : block.here - 1), of->window, &low, &high);
+        float sum = row_softmax(p + r * s->S, low, high, block.from, block.to, &most);
+        inverse[r] = 1.0f / sum;
+        if (r < block.here) logsums[(token + r) * of->H + of->head] = most + logf(sum);
+    }
+    mixture(R, p, values, 0, 0, d, block.from, s->before + block.i + block.here, s->S, rows);
+    for (int64_t r = 0; r < block.here; r++) {
+        for (int64_t c = 0; c < d; c++) rows[r * d + c] *= inverse[r];
+        store(out, narrow, ((token + r) * of->H + of->head) * d, d, rows + r * d);
+    }
+}
+
 /* q [n, H, d], k and v [n, kv, d] with strides between tokens; segments [count][4]: first token, tokens, first token in front,
  * tokens in front.  out [n, H * d]; logsums [n, H], the logarithm of each softmax's denominator. */
 void attention_forward(const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v, int64_t v_stride,
                        const int64_t *segments, int64_t count, int64_t kv, int64_t share, int64_t d, float scale, int64_t window,
                        void *out, int narrow_out, float *logsums, float *restrict scratch) {
-    int64_t H = kv * share;
-    float rows[QUERIES * DEEPEST], columns[QUERIES * DEEPEST];
+    Heads of = {q, k, v, q_stride, k_stride, v_stride, kv * share, d, window, 0, scale};
     for (int64_t number = 0; number < count; number++) {
         Segment s = segment_at(segments, number);
         float *values = scratch, *keys = values + s.S * d, *p = keys + s.S * d;
@@ -267,29 +247,61 @@ void attention_forward(const float *q, int64_t q_stride, const float *k, int64_t
             gathered(k + g * d, k_stride, d, &s, values);
             in_columns(values, d, s.S, keys);
             gathered(v + g * d, v_stride, d, &s, values);
-            for (int64_t h = g * share; h < (g + 1) * share; h++)
+            for (of.head = g * share; of.head < (g + 1) * share; of.head++)
                 for (int64_t i = 0; i < s.t; i += QUERIES) {
-                    int64_t here = s.t - i < QUERIES ? s.t - i : QUERIES, low, high;
-                    sight(&s, i, window, &low, &high);
-                    int64_t from = low / COLUMNS * COLUMNS;
-                    int64_t to = (s.before + i + here + COLUMNS - 1) / COLUMNS * COLUMNS;
-                    eight(q, 0, q_stride, (s.first + i) * q_stride + h * d, here, d, scale, rows, columns);
-                    products(columns, keys, d, from, to, s.S, p);
-                    float inverse[QUERIES];
-                    for (int64_t r = 0; r < QUERIES; r++) {
-                        float most;
-                        sight(&s, i + (r < here ? r : here - 1), window, &low, &high);
-                        float sum = row_softmax(p + r * s.S, low, high, from, to, &most);
-                        inverse[r] = 1.0f / sum;
-                        if (r < here) logsums[(s.first + i + r) * H + h] = most + logf(sum);
-                    }
-                    mixture(p, values, d, from, s.before + i + here, s.S, rows);
-                    for (int64_t r = 0; r < here; r++) {
-                        for (int64_t c = 0; c < d; c++) rows[r * d + c] *= inverse[r];
-                        store(out, narrow_out, ((s.first + i + r) * H + h) * d, d, rows + r * d);
-                    }
+                    Block block = block_at(&s, i, window);
+                    FOR_BLOCK(block, forward_block, &of, &s, block, keys, values, p, out, narrow_out, logsums);
                 }
         }
+    }
+}
+
+/* What the backward pass of one key head works with: keys as rows [S][d], keys and values in blocks of columns, the gradients
+ * of both [S][d], and two rows of columns a query. */
+typedef struct {
+    float *k_rows, *k_columns, *v_columns, *to_k, *to_v, *p, *slope;
+} Scratch;
+
+/* scores -> probabilities p, and slope -> the gradient of the scores from that of p, of one query; zeros where it may not look. */
+static inline void softmax_backward(float *p, float *slope, float logsum, int64_t low, int64_t high, int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j++) {
+        float below = p[j] - logsum; /* above 0 by rounding, or where it may not look */
+        p[j] = exponential(below > 0.0f ? 0.0f : below);
+    }
+    for (int64_t j = from; j < low; j++) p[j] = 0.0f;
+    for (int64_t j = high + 1; j < to; j++) p[j] = 0.0f;
+    v16 sum = {0};
+    for (int64_t j = from; j < to; j += 16) sum += *(v16 *)(p + j) * *(v16 *)(slope + j);
+    float mean = total(sum);
+    for (int64_t j = from; j < to; j++) slope[j] = p[j] * (slope[j] - mean);
+}
+
+/* One block of one head: adds to the gradients of keys and values, writes that of the queries. */
+INLINE void backward_block(const int R, const Heads *of, const Segment *s, Block block, const Scratch *at, const void *grad, int narrow,
+                           const float *logsums, float *grad_q) {
+    float rows[QUERIES * DEEPEST], columns[QUERIES * DEEPEST], given[QUERIES * DEEPEST];
+    int64_t d = of->d, H = of->H, token = s->first + block.i, from = block.from, to = block.to;
+    taken(R, grad, narrow, H * d, (token * H + of->head) * d, block.here, d, 1.0f, given, columns);
+    products(R, columns, at->v_columns, d, from, to, s->S, at->slope);
+    taken(R, of->q, 0, of->q_stride, token * of->q_stride + of->head * d, block.here, d, of->scale, rows, columns);
+    products(R, columns, at->k_columns, d, from, to, s->S, at->p);
+    for (int64_t r = 0; r < R; r++) {
+        float *p = at->p + r * s->S, *slope = at->slope + r * s->S;
+        if (r >= block.here) {
+            memset(p + from, 0, (to - from) * sizeof(float));
+            memset(slope + from, 0, (to - from) * sizeof(float));
+            continue;
+        }
+        int64_t low, high;
+        sight(s, block.i + r, of->window, &low, &high);
+        softmax_backward(p, slope, logsums[(token + r) * H + of->head], low, high, from, to);
+    }
+    spread(R, at->p, given, d, from, to, s->S, at->to_v);
+    spread(R, at->slope, rows, d, from, to, s->S, at->to_k);
+    mixture(R, at->slope, at->k_rows, 0, 0, d, from, to, s->S, columns);
+    for (int64_t r = 0; r < block.here; r++) {
+        float *out = grad_q + ((token + r) * H + of->head) * d;
+        for (int64_t c = 0; c < d; c++) out[c] = columns[r * d + c] * of->scale;
     }
 }
 
@@ -298,61 +310,27 @@ void attention_backward(const void *grad, int narrow, const float *q, int64_t q_
                         const float *v, int64_t v_stride, const float *logsums, const int64_t *segments, int64_t count, int64_t kv,
                         int64_t share, int64_t d, float scale, int64_t window, float *grad_q, float *grad_k, float *grad_v,
                         float *restrict scratch) {
-    int64_t H = kv * share;
-    float rows[QUERIES * DEEPEST], columns[QUERIES * DEEPEST], given[QUERIES * DEEPEST], upright[QUERIES * DEEPEST];
+    Heads of = {q, k, v, q_stride, k_stride, v_stride, kv * share, d, window, 0, scale};
     for (int64_t number = 0; number < count; number++) {
         Segment s = segment_at(segments, number);
         int64_t size = s.S * d;
-        float *k_rows = scratch, *k_columns = k_rows + size, *v_columns = k_columns + size;
-        float *to_k = v_columns + size, *to_v = to_k + size, *p = to_v + size, *slope = p + QUERIES * s.S;
+        float *p = scratch + 5 * size;
+        Scratch at = {scratch, scratch + size, scratch + 2 * size, scratch + 3 * size, scratch + 4 * size, p, p + QUERIES * s.S};
         for (int64_t g = 0; g < kv; g++) {
-            gathered(v + g * d, v_stride, d, &s, k_rows);
-            in_columns(k_rows, d, s.S, v_columns);
-            gathered(k + g * d, k_stride, d, &s, k_rows);
-            in_columns(k_rows, d, s.S, k_columns);
-            memset(to_k, 0, 2 * size * sizeof(float));
-            for (int64_t h = g * share; h < (g + 1) * share; h++)
+            gathered(v + g * d, v_stride, d, &s, at.k_rows);
+            in_columns(at.k_rows, d, s.S, at.v_columns);
+            gathered(k + g * d, k_stride, d, &s, at.k_rows);
+            in_columns(at.k_rows, d, s.S, at.k_columns);
+            memset(at.to_k, 0, 2 * size * sizeof(float));
+            for (of.head = g * share; of.head < (g + 1) * share; of.head++)
                 for (int64_t i = 0; i < s.t; i += QUERIES) {
-                    int64_t here = s.t - i < QUERIES ? s.t - i : QUERIES, low, high;
-                    sight(&s, i, window, &low, &high);
-                    int64_t from = low / COLUMNS * COLUMNS;
-                    int64_t to = (s.before + i + here + COLUMNS - 1) / COLUMNS * COLUMNS;
-                    eight(q, 0, q_stride, (s.first + i) * q_stride + h * d, here, d, scale, rows, columns);
-                    products(columns, k_columns, d, from, to, s.S, p);
-                    eight(grad, narrow, H * d, ((s.first + i) * H + h) * d, here, d, 1.0f, given, upright);
-                    products(upright, v_columns, d, from, to, s.S, slope);
-                    for (int64_t r = 0; r < QUERIES; r++) {
-                        float *own = p + r * s.S, *change = slope + r * s.S;
-                        if (r >= here) {
-                            memset(own + from, 0, (to - from) * sizeof(float));
-                            memset(change + from, 0, (to - from) * sizeof(float));
-                            continue;
-                        }
-                        float most = logsums[(s.first + i + r) * H + h];
-                        sight(&s, i + r, window, &low, &high);
-                        for (int64_t j = from; j < to; j++) {
-                            float below = own[j] - most; /* above 0 by rounding, or where it may not look */
-                            own[j] = exponential(below > 0.0f ? 0.0f : below);
-                        }
-                        for (int64_t j = from; j < low; j++) own[j] = 0.0f;
-                        for (int64_t j = high + 1; j < to; j++) own[j] = 0.0f;
-                        v16 sum = {0};
-                        for (int64_t j = from; j < to; j += 16) sum += *(v16 *)(own + j) * *(v16 *)(change + j);
-                        float mean = total(sum);
-                        for (int64_t j = from; j < to; j++) change[j] = own[j] * (change[j] - mean);
-                    }
-                    spread(p, given, d, from, to, s.S, to_v);
-                    spread(slope, rows, d, from, to, s.S, to_k);
-                    mixture(slope, k_rows, d, from, to, s.S, upright);
-                    for (int64_t r = 0; r < here; r++) {
-                        float *out = grad_q + ((s.first + i + r) * H + h) * d;
-                        for (int64_t c = 0; c < d; c++) out[c] = upright[r * d + c] * scale;
-                    }
+                    Block block = block_at(&s, i, window);
+                    FOR_BLOCK(block, backward_block, &of, &s, block, &at, grad, narrow, logsums, grad_q);
                 }
             for (int64_t j = 0; j < s.before + s.t; j++) {
-                int64_t at = (place(&s, j) * kv + g) * d;
-                for (int64_t c = 0; c < d; c++) grad_k[at + c] += to_k[j * d + c];
-                for (int64_t c = 0; c < d; c++) grad_v[at + c] += to_v[j * d + c];
+                int64_t to = (place(&s, j) * kv + g) * d;
+                for (int64_t c = 0; c < d; c++) grad_k[to + c] += at.to_k[j * d + c];
+                for (int64_t c = 0; c < d; c++) grad_v[to + c] += at.to_v[j * d + c];
             }
         }
     }

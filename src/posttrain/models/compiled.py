@@ -17,8 +17,8 @@ from posttrain.compiled import THREADS, kernels
 
 WIDEST = 256
 """Of a head."""
-QUERIES = 8
-"""Queries of a row that the attention kernel takes at a time, as `training.c` has it."""
+QUERIES = 4
+"""The attention kernel rounds the queries of a row up to a multiple of this: it takes them by eights, and the last by fours."""
 
 
 def suits(*tensors: Tensor) -> bool:

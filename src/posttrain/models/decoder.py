@@ -87,6 +87,11 @@ class Decoder:
         """Weight and epsilon of the last norm, of Llama's kind."""
         return self._model.norm.weight, self._model.norm.variance_epsilon
 
+    @property
+    def biased_values(self) -> bool:
+        """Do values have a bias, so that those of bfloat16 factors are float32?"""
+        return any(getattr(layer.self_attn.v_proj, "bias", None) is not None for layer in self._layers)
+
     def window(self, layer: int) -> int | None:
         """How many tokens a token of this layer sees, itself included; None: all before it."""
         own: int | None = getattr(self._layers[layer].self_attn, "sliding_window", None)
@@ -134,18 +139,25 @@ class Decoder:
         attention = block.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         normed = self.norm(block.input_layernorm, x, read_by=projections)
-        normed_heads = hasattr(attention, "q_norm")
-        mixed = None if normed_heads else self._together(normed, projections)
+        mixed = self._together(normed, projections)
         if mixed is not None:
-            mixed = mixed.view(len(x), -1, self.head_dim)
-            turned = compiled.heads if compiled.turns(mixed, cos) else heads
-            return turned(mixed, cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
+            return self.split(layer, mixed, cos, sin)
         q = self.apply(attention.q_proj, normed).view(-1, self.num_heads, self.head_dim)
         k = self.apply(attention.k_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
         v = self.apply(attention.v_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
-        if normed_heads:
+        if hasattr(attention, "q_norm"):
             q, k = self.norm(attention.q_norm, q), self.norm(attention.k_norm, k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def split(self, layer: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One product `[n, (H + 2 Kv) * d]` -> queries and keys, normed and rotated, and values, in the dtype of `cos`."""
+        mixed = mixed.view(len(mixed), -1, self.head_dim)
+        attention = self._layers[layer].self_attn
+        if hasattr(attention, "q_norm"):
+            q, k, v = mixed.to(cos.dtype).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+            mixed = torch.cat((self.norm(attention.q_norm, q), self.norm(attention.k_norm, k), v), 1)
+        turned = compiled.heads if compiled.turns(mixed, cos) else heads
+        return turned(mixed, cos, sin, queries=self.num_heads, kv=self.num_kv_heads)
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: `x [n, D]` that entered it and `attended [n, H * d]` -> `[n, D]` that leaves it."""
@@ -154,7 +166,7 @@ class Decoder:
         if type(out) is not nn.Linear:
             attended = attended.to(x.dtype)
         sides = (mlp.gate_proj, mlp.up_proj)
-        if self._compiled(x, norm):
+        if self.compiles(x, norm):
             kind = self._read_as(sides, x)
             normed, x = compiled.add_norm(x, self._raw(out, attended), norm.weight, norm.variance_epsilon, kind=kind)
         else:
@@ -168,9 +180,9 @@ class Decoder:
             inner = inner if type(mlp.down_proj) is nn.Linear else inner.to(x.dtype)
         return x + self.apply(mlp.down_proj, inner)
 
-    def _compiled(self, x: Tensor, norm: Any) -> bool:
+    def compiles(self, x: Tensor, norm: Any) -> bool:
         """Do compiled kernels norm this?  In a quick precision, float32 on a CPU thread, a norm of Llama's kind."""
-        wide = x.dtype == norm.weight.dtype == torch.float32 and x.dim() == 2
+        wide = x.dtype == norm.weight.dtype == torch.float32
         return wide and self.linear is not exact and not self.offset_norm and compiled.suits(x)
 
     def _read_as(self, modules: Sequence[Any], x: Tensor) -> torch.dtype:
@@ -214,9 +226,10 @@ class Decoder:
         """
         if self.offset_norm:
             return rms_norm_offset(x, module.weight, module.eps)
-        if self._compiled(x, module):
+        if self.compiles(x, module):
             kind = self._read_as(read_by, x) if read_by else x.dtype
-            return compiled.rms_norm(x, module.weight, module.variance_epsilon, kind=kind)
+            flat = x.reshape(-1, x.shape[-1])
+            return compiled.rms_norm(flat, module.weight, module.variance_epsilon, kind=kind).view(x.shape)
         return rms_norm(x, module.weight, module.variance_epsilon)
 
     def apply(self, module: Any, x: Tensor) -> Tensor:

@@ -99,13 +99,15 @@ class CachedStepper:
     def __init__(self, model: LanguageModel, *, slots: int, longest: int, columns: int, fixed: bool = False) -> None:
         decoder, device = model.decoder, model.device
         assert decoder is not None
+        self._precision = model.precision
         self._decoder, self._pieces, self._slots, self._fixed = decoder, pieces(model), slots, fixed
         self._limit = rounded(longest)
         self._kv, self._width = decoder.num_kv_heads, decoder.head_dim
         self._heads = decoder.num_heads // decoder.num_kv_heads
         probe = decoder.embed(torch.zeros(1, dtype=torch.int64, device=device))
         self._dtype, self._device = probe.dtype, probe.device
-        self._value_dtype = torch.bfloat16 if model.precision == "bf16" and device.type == "cpu" else probe.dtype
+        narrow = model.precision == "bf16" and device.type == "cpu" and not decoder.biased_values
+        self._value_dtype = torch.bfloat16 if narrow else probe.dtype
         self._cos, self._sin = decoder.rope(torch.arange(self._limit, device=self._device))  # [C, d]
         self._windows = [decoder.window(layer) for layer in range(decoder.num_layers)]
         self._keys: list[Tensor] = []  # [S * Kv, d, C] a layer
@@ -232,7 +234,8 @@ class CachedStepper:
         x = decoder.embed(layout.tokens)  # [N, D]
         for layer in range(decoder.num_layers):
             q, k, v = self._pieces.qkv[layer](x, cos, sin)
-            attended = attend(q, k, v, layout, scale=decoder.scale, window=self._windows[layer])
+            window = self._windows[layer]
+            attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self._precision)
             for row, (own_k, own_v) in enumerate(zip(torch.split(k, sizes), torch.split(v, sizes), strict=True)):
                 keys[row].append(own_k.permute(1, 2, 0))  # [n, Kv, d] -> [Kv, d, n]
                 values[row].append(own_v.permute(1, 0, 2).to(self._value_dtype))

@@ -20,6 +20,8 @@ from posttrain.types import Sampling
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
+QUERIES = 8
+"""Query heads that `attend` of decoding.c takes at a time."""
 LARGEST = 128 * 4096
 """Tokens of the largest vocabulary that `draw` of decoding.c holds."""
 
@@ -37,10 +39,10 @@ class CompiledStepper(CachedStepper):
         before, after = zip(*(layer.norms for layer in self._fused), strict=True)
         self._before, self._after = [*before, self._decoder.final_norm], list(after)
         self._head_norms = [layer.head_norms for layer in self._fused]
-        kind = self._value_dtype  # of what products get: bfloat16 where their factors are
-        self._narrow = kind == torch.bfloat16
+        self._narrow = model.precision == "bf16"
+        kind = torch.bfloat16 if self._narrow else torch.float32  # of what products get
         inner, width = max(layer.inner for layer in self._fused), self._decoder.hidden_size
-        self._scratch = torch.empty(max(2 * inner, width, self._limit) + 64)
+        self._scratch = torch.empty(max(2 * inner, width, QUERIES * self._limit))
         self._normed = torch.empty(slots, width, dtype=kind)
         self._attended = torch.empty(slots, self._decoder.num_heads * self._width, dtype=kind)
         self._inner = torch.empty(slots, inner, dtype=kind)
@@ -94,7 +96,7 @@ class CompiledStepper(CachedStepper):
         rows, (query, key, eps) = mixed.shape[0], self._head_norms[number]
         self._kernels.attend(
             mixed.data_ptr(), mixed.dtype == torch.bfloat16, self._cos.data_ptr(), self._sin.data_ptr(), positions.data_ptr(),
-            self._keys[number].data_ptr(), self._values[number].data_ptr(), self._narrow,
+            self._keys[number].data_ptr(), self._values[number].data_ptr(), self._value_dtype == torch.bfloat16,
             self._attended.data_ptr(), self._narrow,
             None if query is None else query.data_ptr(), None if key is None else key.data_ptr(), eps,
             rows, self._kv, self._heads, self._width, self._columns, self._decoder.scale, self._windows[number] or 0,

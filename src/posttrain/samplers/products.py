@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from posttrain.models import compiled
 from posttrain.models.decoder import Decoder, causal_lm
-from posttrain.models.fused import turn
 from posttrain.models.gemm import Precision, has_onednn
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def pieces(model: LanguageModel) -> Pieces:
         numbers = range(decoder.num_layers)
         qkv = [partial(decoder.qkv, layer) for layer in numbers]
         return Pieces(qkv, [partial(decoder.finish, layer) for layer in numbers], decoder.head)
-    fused = [FusedLayer(decoder, layer, model.precision) for layer in inner.model.layers[: decoder.num_layers]]
+    layers = inner.model.layers[: decoder.num_layers]
+    fused = [FusedLayer(decoder, number, layer, model.precision) for number, layer in enumerate(layers)]
     head = product(model.precision, [inner.lm_head])
     return Pieces([layer.qkv for layer in fused], [layer.finish for layer in fused], head, fused)
 
@@ -122,15 +123,14 @@ def _packed_narrow(x: Tensor, *, packed: Tensor, bias: Tensor | None, kind: torc
 class FusedLayer:
     """One layer in four products, whose results stay in bfloat16 where their factors are."""
 
-    def __init__(self, decoder: Decoder, layer: Any, precision: Precision) -> None:
+    def __init__(self, decoder: Decoder, number: int, layer: Any, precision: Precision) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._decoder, self._layer, self._act = decoder, layer, mlp.act_fn
+        self._decoder, self._number, self._layer, self._act = decoder, number, layer, mlp.act_fn
         self.mix = product(precision, [attention.q_proj, attention.k_proj, attention.v_proj], narrow=True)
         self.out = product(precision, [attention.o_proj], narrow=True)
         self.wide = product(precision, [mlp.gate_proj, mlp.up_proj], narrow=True)
         self.down = product(precision, [mlp.down_proj], narrow=True)
         self.inner: int = mlp.gate_proj.out_features
-        self._queries, self._kv = decoder.num_heads, decoder.num_kv_heads
         self._query_norm = getattr(attention, "q_norm", None)
         self._key_norm = getattr(attention, "k_norm", None)
 
@@ -148,23 +148,25 @@ class FusedLayer:
         return self._query_norm.weight, self._key_norm.weight, self._query_norm.variance_epsilon
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Pieces.qkv`; queries and keys are rotated together."""
-        norm, queries, heads = self._decoder.norm, self._queries, self._queries + self._kv
-        mixed = self.mix(norm(self._layer.input_layernorm, x)).to(x.dtype)
-        mixed = mixed.view(x.shape[0], heads + self._kv, -1)  # [n, H + 2 Kv, d]
-        turned = mixed[:, :heads]
-        if self._query_norm is not None:
-            q, k = mixed[:, :queries], mixed[:, queries:heads]
-            turned = torch.cat((norm(self._query_norm, q), norm(self._key_norm, k)), 1)
-        turned = turn(turned, cos[:, None], sin[:, None])
-        return turned[:, :queries], turned[:, queries:], mixed[:, heads:]
+        """See `Pieces.qkv`."""
+        mixed = self.mix(self._decoder.norm(self._layer.input_layernorm, x))
+        return self._decoder.split(self._number, mixed, cos, sin)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """See `Pieces.finish`."""
-        x = self.out(attended).to(x.dtype).add_(x)
-        wide = self.wide(self._decoder.norm(self._layer.post_attention_layernorm, x))  # [n, 2 I]
-        wide = wide if self._decoder.silu else wide.to(x.dtype)
-        inner = self._act(wide[:, : self.inner]).mul_(wide[:, self.inner :])
+        decoder, norm = self._decoder, self._layer.post_attention_layernorm
+        out = self.out(attended)
+        if decoder.compiles(x, norm):
+            normed, x = compiled.add_norm(x, out, norm.weight, norm.variance_epsilon, kind=out.dtype)
+        else:
+            x = out.to(x.dtype).add_(x)
+            normed = decoder.norm(norm, x)
+        wide = self.wide(normed)  # [n, 2 I]
+        if decoder.silu and compiled.suits(wide):
+            inner = compiled.swiglu(wide)
+        else:
+            wide = wide if decoder.silu else wide.to(x.dtype)
+            inner = self._act(wide[:, : self.inner]).mul_(wide[:, self.inner :])
         return self.down(inner).to(x.dtype).add_(x)
 
 
