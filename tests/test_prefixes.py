@@ -96,7 +96,9 @@ def test_what_rows_have_in_common() -> None:
         row([5, 6], [7], "c"), row([5, 6], [8], "c"),  # too short to pay
         row([1, 2, 3, 4, 5], [6], "d"), row([1, 2, 3, 4, 5, 6], [6], "d"),  # one row ends where the other goes on
     ]  # fmt: skip
-    assert common_lengths(pack(rows)).tolist() == [5, 5, 0, 0, 0, 5, 5]
+    common, first = common_lengths(pack(rows))
+    assert common.tolist() == [5, 5, 0, 0, 0, 5, 5]
+    assert first.tolist() == [0, 0, 2, 3, 3, 5, 5]
 
 
 def test_no_sharing_where_it_saves_little_or_rows_are_looked_at() -> None:

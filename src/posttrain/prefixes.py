@@ -22,24 +22,24 @@ SAVED = 0.1
 """The share of tokens that must be saved for it to pay."""
 
 
-def common_lengths(batch: Batch) -> Tensor:
-    """`[B]` int64: how many first tokens all rows of a row's group have in common; 0 where that is too few.
+def common_lengths(batch: Batch) -> tuple[Tensor, Tensor]:
+    """How many first tokens all rows of a row's group have in common, and where each group begins.
 
     Every row keeps at least its last token to itself.
+
+    Returns:
+        `[B]` int64, 0 where the rows have too few in common; and `[B]` int64, the first row of each row's group.
     """
-    groups, rows = int(batch.group.max()) + 1, batch.num_rows
-    first = torch.full((groups,), rows, device=batch.group.device).scatter_reduce_(
-        0, batch.group, torch.arange(rows, device=batch.group.device), "amin"
-    )
-    head = first[batch.group]  # [B] the first row of each row's group
-    place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    within = place < torch.minimum(batch.lengths, batch.lengths[head])[:, None]
+    groups, rows = int(batch.group.max()) + 1, torch.arange(batch.num_rows, device=batch.group.device)
+    head = torch.full((groups,), batch.num_rows, device=rows.device).scatter_reduce_(0, batch.group, rows, "amin")[batch.group]
+    width = batch.tokens.shape[1]
+    within = torch.arange(width, device=rows.device) < torch.minimum(batch.lengths, batch.lengths[head])[:, None]
     alike = ((batch.tokens == batch.tokens[head]) & within).long().cumprod(1).sum(1)  # [B]
     mine = torch.minimum(alike, batch.lengths - 1)
-    least = torch.full((groups,), batch.tokens.shape[1], device=mine.device).scatter_reduce_(0, batch.group, mine, "amin")
+    least = torch.full((groups,), width, device=rows.device).scatter_reduce_(0, batch.group, mine, "amin")
     alone = torch.bincount(batch.group, minlength=groups) < 2
     least[alone | (least < SHORTEST)] = 0
-    return least[batch.group]
+    return least[batch.group], head
 
 
 def shared_layout(batch: Batch) -> Layout | None:
@@ -47,16 +47,13 @@ def shared_layout(batch: Batch) -> Layout | None:
 
     Segments are the distinct beginnings, in the order of their groups, then what is left of every row, in order.
     """
-    if int(batch.group.max()) + 1 >= batch.num_rows:
+    groups = int(batch.group.max()) + 1
+    if groups >= batch.num_rows:
         return None
-    common = common_lengths(batch)
-    if not bool(common.any()):
-        return None
-    rows = torch.arange(batch.num_rows, device=common.device)
-    owner = torch.full_like(common, batch.num_rows).scatter_reduce_(0, batch.group, rows, "amin")[batch.group] == rows
-    heads = (owner & (common > 0)).nonzero()[:, 0]  # [F] a row of each group with a common beginning
-    total = int(batch.lengths.sum())
-    if int(common.sum() - common[heads].sum()) < SAVED * total:
+    common, head = common_lengths(batch)
+    heads = ((head == torch.arange(batch.num_rows, device=head.device)) & (common > 0)).nonzero()[:, 0]  # [F] rows
+    saved, total = int(common.sum() - common[heads].sum()), int(batch.lengths.sum())
+    if not saved or saved < SAVED * total:
         return None
     place = torch.arange(batch.tokens.shape[1], device=common.device)
     before = place < common[heads][:, None]  # [F, T]
@@ -64,7 +61,7 @@ def shared_layout(batch: Batch) -> Layout | None:
     tokens = torch.cat((batch.tokens[heads][before], batch.tokens[own]))
     positions = torch.cat((before.nonzero()[:, 1], own.nonzero()[:, 1]))
     sizes = [*common[heads].tolist(), *(batch.lengths - common).tolist()]
-    number = torch.full((int(batch.group.max()) + 1,), -1, device=common.device)
+    number = torch.full((groups,), -1, device=common.device)
     number[batch.group[heads]] = torch.arange(len(heads), device=common.device)
     behind = Behind(segment=number[batch.group], length=common, first=len(heads))
     return replace(Layout.of(tokens, sizes), positions=positions, behind=behind)

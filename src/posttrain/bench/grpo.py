@@ -37,8 +37,7 @@ def ours(model: LanguageModel, asked: list[str], group: int, new: int, steps: in
 
     def step() -> None:
         samples: list[Sample] = []
-        for number, text in enumerate(asked):
-            ids = tokens(text)["input_ids"]
+        for number, ids in enumerate(tokens(asked)["input_ids"]):
             samples += [blank(ids, group=str(number), index=len(samples) + i) for i in range(group)]
         written = sampler.sample(samples, sampling=Sampling(max_tokens=new), seed=0, step=engine.number)
         if any(len(answer.completion) != new for answer in written):

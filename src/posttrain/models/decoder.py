@@ -234,10 +234,10 @@ class Decoder:
 
     def apply(self, module: Any, x: Tensor) -> Tensor:
         """One of the model's linear layers; a product of another precision reaches plain layers and plain LoRA."""
-        if self.linear is exact:
-            return cast("Tensor", module(x))
         if type(module) is nn.Linear:
             return self.linear(x, module.weight, module.bias)
+        if self.linear is exact:
+            return cast("Tensor", module(x))
         base: Any = getattr(module, "base_layer", None)
         plain_lora = type(base) is nn.Linear and hasattr(module, "lora_A") and not getattr(module, "lora_variant", None)
         if not plain_lora or module.merged:

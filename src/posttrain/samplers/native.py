@@ -215,16 +215,20 @@ class _Call:
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         while self.waiting and free:
             numbers = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
-            begun = self._begin(numbers)
+            begun, uniforms = self._begin(numbers)
             slots, free = free[: len(begun)], free[len(begun) :]
-            self._seat(slots, begun)
+            self._seat(slots, begun, uniforms)
         if self.sampler.exact:
             self.used = self.slots
         else:
             self._close_gaps()
 
-    def _begin(self, numbers: Sequence[int]) -> list[tuple[_Row, Prefix]]:
-        """Draw the first token of some rows from their prompts' prefill; those that do not end with it."""
+    def _begin(self, numbers: Sequence[int]) -> tuple[list[tuple[_Row, Prefix]], Tensor | None]:
+        """Draw the first token of some rows from their prompts' prefill.
+
+        Returns:
+            Those `m` that do not end with it, and `[m, BLOCK]` uniform numbers of their next draws (None when greedy).
+        """
         prefixes = [
             self._prefix(self.keys[number], chain(numbers[place + 1 :], self.waiting)) for place, number in enumerate(numbers)
         ]
@@ -234,10 +238,12 @@ class _Call:
         if not self.sampling.greedy:
             index = torch.tensor([row.prompt.index for row in rows], device=self.device)
             lengths = torch.tensor([len(prefix.tokens) for prefix in prefixes], device=self.device)
-            uniforms = uniform(self.seed, self.step, index, lengths, stream=SAMPLER)
-        found = _on_host(draw(logits, uniforms, self.sampling))
+            uniforms = self._numbers(index, lengths, 1 + BLOCK)
+        found = _on_host(draw(logits, None if uniforms is None else uniforms[:, 0], self.sampling))
         ended = [self._take(row, *values) for row, values in zip(rows, found, strict=True)]
-        return [(row, prefix) for row, prefix, end in zip(rows, prefixes, ended, strict=True) if not end]
+        left = [place for place, end in enumerate(ended) if not end]
+        following = None if uniforms is None else uniforms[left, 1:]
+        return [(rows[place], prefixes[place]) for place in left], following
 
     def _prefix(self, key: tuple[int, ...], others: Iterable[int]) -> Prefix:
         """What a row starts from; kept until the last row with these tokens has it.
@@ -262,7 +268,7 @@ class _Call:
             del self.read[key]
         return prefix
 
-    def _seat(self, slots: Sequence[int], begun: Sequence[tuple[_Row, Prefix]]) -> None:
+    def _seat(self, slots: Sequence[int], begun: Sequence[tuple[_Row, Prefix]], uniforms: Tensor | None) -> None:
         """Give rows their slots."""
         if not begun:
             return
@@ -278,8 +284,9 @@ class _Call:
         self.position[at] = torch.tensor([row.length - 1 for row in rows], device=self.device)
         self.index[at] = torch.tensor([row.prompt.index for row in rows], device=self.device)
         self.live[at] = 1
-        if not self.sampling.greedy and self.column < BLOCK:
-            self.uniforms[at, self.column :] = self._numbers(at, BLOCK - self.column)
+        if uniforms is not None:
+            self.column = self.column if self.num_live else 0
+            self.uniforms[at, self.column :] = uniforms[:, : BLOCK - self.column]
         self.num_live += len(rows)
 
     def _close_gaps(self) -> None:
@@ -329,15 +336,14 @@ class _Call:
             return None
         if self.column == BLOCK:
             self.column = 0
-            self.uniforms[:used] = self._numbers(torch.arange(used, device=self.device), BLOCK)
+            self.uniforms[:used] = self._numbers(self.index[:used], self.position[:used] + 1, BLOCK)
         self.column += 1
         return self.uniforms[:used, self.column - 1]
 
-    def _numbers(self, slots: Tensor, count: int) -> Tensor:
-        """`[m, count]`: the uniform numbers of the next `count` draws of these slots' rows."""
-        ahead = torch.arange(1, count + 1, device=self.device)
-        places = self.position[slots][:, None] + ahead  # [m, count]
-        return uniform(self.seed, self.step, self.index[slots][:, None], places, stream=SAMPLER)
+    def _numbers(self, index: Tensor, position: Tensor, count: int) -> Tensor:
+        """`[m, count]`: the uniform numbers of some rows' draws, from `position` [m] on."""
+        places = position[:, None] + torch.arange(count, device=self.device)
+        return uniform(self.seed, self.step, index[:, None], places, stream=SAMPLER)
 
     def _take(self, row: _Row, token: int, logprob: float, sampled_logprob: float) -> bool:
         """Put one token behind a row; True when the row ends with it."""
@@ -376,8 +382,9 @@ class _Call:
 
 def _on_host(drawn: Drawn) -> Iterator[tuple[int, float, float]]:
     """Token and log-probabilities of each row as Python numbers, fetched from the device at once."""
-    tokens, logprobs, sampled = torch.stack([values.double() for values in drawn]).tolist()
-    return zip(map(int, tokens), logprobs, sampled, strict=True)
+    fetched = drawn[:2] if drawn.sampled_logprobs is drawn.logprobs else drawn
+    tokens, logprobs, *truncated = torch.stack([values.double() for values in fetched]).tolist()
+    return zip(map(int, tokens), logprobs, truncated[0] if truncated else logprobs, strict=True)
 
 
 __all__ = ["AHEAD", "EXACT_CONTEXT", "EXACT_WIDTH", "NativeSampler"]
