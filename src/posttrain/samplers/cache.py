@@ -3,7 +3,8 @@
 The cache is preallocated and left-aligned: the key of a row's token p stands in column p.  Keys are stored transposed,
 so that scores and sums over values are two plain batched products, and the query heads that share a key head are its
 rows.  Only as many columns are read as the longest live row has.  Where products have bfloat16 factors, values are kept in
-bfloat16, as the trainer multiplies them; keys and scores stay in float32.
+bfloat16, as the trainer multiplies them; keys too on a CUDA device, whose trainer multiplies them so.  Scores and their softmax
+stay in float32.
 
 Axes: `S` slots, `B` slots in use (always the first), `H` query heads, `Kv` key and value heads, `Q = H / Kv`, `d` head
 width, `C` allocated columns, `c` columns that are read, `n` tokens of a prompt, `V` vocabulary.
@@ -73,6 +74,16 @@ def rounded(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
+def kept_as(model: LanguageModel) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the keys and of the values in the cache; on a CPU nothing is rounded that the trainer does not round."""
+    assert model.decoder is not None
+    if model.precision != "bf16":
+        return model.dtype, model.dtype
+    if model.device.type == "cuda":
+        return torch.bfloat16, torch.bfloat16
+    return model.dtype, model.dtype if model.decoder.biased_values else torch.bfloat16
+
+
 class _Layer(NamedTuple):
     """What one layer needs in a step: its functions bound, its buffers cut for `B` rows and `c` columns."""
 
@@ -106,16 +117,15 @@ class CachedStepper:
         self._heads = decoder.num_heads // decoder.num_kv_heads
         probe = decoder.embed(torch.zeros(1, dtype=torch.int64, device=device))
         self._dtype, self._device = probe.dtype, probe.device
-        narrow = model.precision == "bf16" and device.type == "cpu" and not decoder.biased_values
-        self._value_dtype = torch.bfloat16 if narrow else probe.dtype
+        self._key_dtype, self._value_dtype = kept_as(model)
         self._cos, self._sin = decoder.rope(torch.arange(self._limit, device=self._device))  # [C, d]
         self._windows = [decoder.window(layer) for layer in range(decoder.num_layers)]
         self._keys: list[Tensor] = []  # [S * Kv, d, C] a layer
         self._values: list[Tensor] = []  # [S * Kv, C, d] a layer
         self._masks: dict[int | None, Tensor] = {}  # [S * Kv, 1, C] by window
         self._columns = 0
-        self._cut: tuple[int, int] = (0, 0)
-        self._layers: list[_Layer] = []
+        self._cut: tuple[int, int]
+        self._layers: list[_Layer]
         self._grow(columns)
 
     @torch.inference_mode(False)
@@ -125,7 +135,8 @@ class CachedStepper:
         old, new = self._columns, min(self._limit, rounded(max(columns, self._columns * 5 // 4)))
         rows, dtype, device = self._slots * self._kv, self._dtype, self._device
         for layer in range(self._decoder.num_layers):
-            keys = torch.zeros(rows, self._width, new, dtype=dtype, device=device)  # zeros: a masked column must be finite
+            # zeros: a masked column must be finite
+            keys = torch.zeros(rows, self._width, new, dtype=self._key_dtype, device=device)
             values = torch.zeros(rows, new, self._width, dtype=self._value_dtype, device=device)
             if old:
                 keys[:, :, :old] = self._keys[layer]
@@ -139,7 +150,7 @@ class CachedStepper:
             if old:
                 mask[:, :, :old] = self._masks[window]
             self._masks[window] = mask
-        self._columns, self._cut = new, (0, 0)
+        self._columns, self._cut, self._layers = new, (0, 0), []  # the old buffers go
         row = torch.arange(rows, device=self._device)
         self._value_start = row.view(self._slots, self._kv) * new  # [S, Kv], flat place of column 0
         depth = torch.arange(self._width, device=self._device)
@@ -148,6 +159,8 @@ class CachedStepper:
 
     def _arrange(self, rows: int, columns: int) -> None:
         """Cut every buffer for `rows` slots and `columns` columns; done again only when one of them changes."""
+        if self._cut == (rows, columns):
+            return
         used = rows * self._kv
         self._cut = (rows, columns)
         self._layers = [
@@ -166,13 +179,14 @@ class CachedStepper:
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """See `Stepper.step`."""
-        rows = tokens.shape[0]
         if longest > self._columns:
             self._grow(longest)
-        columns = self._columns if self._fixed else rounded(longest)
-        if self._cut != (rows, columns):
-            self._arrange(rows, columns)
-        decoder, scale = self._decoder, self._decoder.scale
+        self._arrange(tokens.shape[0], self._columns if self._fixed else rounded(longest))
+        return self._read(tokens, positions)
+
+    def _read(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The step itself, with the buffers as they are cut: nothing on the host depends on what a tensor holds."""
+        rows, decoder, scale = tokens.shape[0], self._decoder, self._decoder.scale
         place = positions[:, None]  # [B, 1]
         value_at = (self._value_start[:rows] + place).view(-1)  # [B * Kv]
         key_at = (self._key_start[:rows] + place).view(-1)  # [B * Kv * d]
@@ -182,9 +196,9 @@ class CachedStepper:
         x = decoder.embed(tokens)
         for layer in self._layers:
             q, k, v = layer.qkv(x, cos, sin)
-            layer.flat_keys.scatter_(0, key_at, _as_integers(k.reshape(-1)))
+            layer.flat_keys.scatter_(0, key_at, _as_integers(k.reshape(-1).to(self._key_dtype)))
             layer.flat_values.index_copy_(0, value_at, _as_integers(v.reshape(-1, self._width).to(self._value_dtype)))
-            scores = torch.baddbmm(layer.mask, q.reshape(shape), layer.keys, alpha=scale)  # [B * Kv, Q, c]
+            scores = _scores(q.reshape(shape), layer.keys, layer.mask, scale)  # [B * Kv, Q, c]
             attended = torch.bmm(scores.softmax(-1).to(self._value_dtype), layer.values)  # [B * Kv, Q, d]
             x = layer.finish(x, attended.view(flat))
         return _wide(self._pieces.head(decoder.final(x)))
@@ -195,7 +209,7 @@ class CachedStepper:
         for window, mask in self._masks.items():
             if window is not None:
                 far = (self._places <= place - window) | (self._places > place)  # [B, C]
-                own = torch.where(far, float("-inf"), 0.0).to(mask.dtype)
+                own = mask.new_zeros(far.shape).masked_fill_(far, float("-inf"))
                 mask.view(self._slots, self._kv, -1)[:rows] = own[:, None]
 
     def admit(self, slots: Tensor, prefix: Prefix) -> None:
@@ -237,7 +251,7 @@ class CachedStepper:
             window = self._windows[layer]
             attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self._precision)
             for row, (own_k, own_v) in enumerate(zip(torch.split(k, sizes), torch.split(v, sizes), strict=True)):
-                keys[row].append(own_k.permute(1, 2, 0))  # [n, Kv, d] -> [Kv, d, n]
+                keys[row].append(own_k.permute(1, 2, 0).to(self._key_dtype))  # [n, Kv, d] -> [Kv, d, n]
                 values[row].append(own_v.permute(1, 0, 2).to(self._value_dtype))
             if layer == decoder.num_layers - 1:
                 x, attended = x.index_select(0, last), attended.index_select(0, last)
@@ -296,6 +310,18 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _as_integers(x: Tensor) -> Tensor:
     """The same bits as integers: torch scatters these in place, and copies the whole buffer to scatter bfloat16."""
     return x.view(_INTEGERS[x.element_size()])
+
+
+def _scores(q: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`scale * q @ keys + mask`, in the dtype of `q` where keys are kept in bfloat16 too: `[b, Q, d], [b, d, c] -> [b, Q, c]`."""
+    if keys.dtype == q.dtype:
+        return torch.baddbmm(mask, q, keys, alpha=scale)
+    narrow = q.to(keys.dtype)
+    if keys.is_cuda:  # bfloat16 factors, float32 sums, which are not rounded
+        scores = torch.bmm(narrow, keys, out_dtype=torch.float32)
+    else:  # the same arithmetic without that kernel
+        scores = torch.bmm(narrow.to(q.dtype), keys.to(q.dtype))
+    return scores.mul_(scale).add_(mask)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from posttrain.samplers.answer import StopStrings, extended, refuse_empty, room_
 from posttrain.samplers.cache import CachedStepper, Prefix, RereadingStepper, Stepper
 from posttrain.samplers.compiled_step import CompiledStepper, can_step
 from posttrain.samplers.draw import Drawn, check, draw
+from posttrain.samplers.graphs import GraphStepper, recorder_of
 from posttrain.types import Sample, Sampling
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class NativeSampler:
     """Writes tokens with the model that is being trained, so that its weights are always the newest.
 
     Llama, Mistral, Qwen2, Qwen3 and Gemma run through their own forward with a static cache.  Where the model's precision
-    is "fast" or "bf16", a call keeps its weights as oneDNN wants them; otherwise nothing is copied.  Every other model
-    reads each row again at every step: the same samples, slowly.
+    is "fast" or "bf16", a call keeps its weights as oneDNN wants them; otherwise nothing is copied.  On a GPU their steps are
+    replayed as CUDA graphs.  Every other model reads each row again at every step: the same samples, slowly.
 
     Example:
         >>> from posttrain.models.random import random_model
@@ -86,6 +87,7 @@ class NativeSampler:
         if self.max_context is not None and limit is not None and self.max_context > limit:
             raise ConfigError(f"max_context is {self.max_context}, but the model was made for {limit} tokens")
         self.context: int | None = self.max_context or limit  # tokens of a row
+        self.graphs_failed = False  # on this GPU; see `graphs`
         if self.exact and self.model.decoder is not None and (self.context or EXACT_CONTEXT + 1) > EXACT_CONTEXT:
             raise ConfigError(
                 f"exact=True reads the whole context in every step, and this model's has {self.context} tokens; "
@@ -168,7 +170,7 @@ class _Call:
         self.uniforms = torch.zeros(self.slots, BLOCK, dtype=torch.float64, device=self.device)
         self.column = BLOCK  # of `uniforms`, for the next draw
         self.stepper = self._stepper()
-        self.draw = self.stepper.draw if isinstance(self.stepper, CompiledStepper) else draw
+        self.draw = self.stepper.draw if isinstance(self.stepper, CompiledStepper | GraphStepper) else draw
 
     def _queue(self) -> list[int]:
         """Numbers of the prompts with room, those with the same tokens side by side; the others are done."""
@@ -195,6 +197,9 @@ class _Call:
             columns = max((len(self.keys[number]) for number in self.waiting), default=1) + BLOCK
         if not sampler.exact and can_step(model):
             return CompiledStepper(model, slots=self.slots, longest=longest, columns=columns)
+        make = None if sampler.exact or sampler.graphs_failed else recorder_of(model)
+        if make is not None:
+            return GraphStepper(model, slots=self.slots, longest=longest, columns=columns, make=make)
         return CachedStepper(model, slots=self.slots, longest=longest, columns=columns, fixed=sampler.exact)
 
     def run(self) -> list[Sample]:
@@ -204,6 +209,8 @@ class _Call:
             if not self.num_live:
                 break
             self._advance()
+        if isinstance(self.stepper, GraphStepper):
+            self.sampler.graphs_failed = self.stepper.failed
         return [sample for sample in self.done if sample is not None]
 
     # ------------------------------------------------------------------------------------------ rows come and go
