@@ -13,7 +13,7 @@ from posttrain.compiled import kernels
 from posttrain.errors import NumericsError
 from posttrain.forward import read
 from posttrain.layout import Layout
-from posttrain.models.gemm import Precision, has_onednn
+from posttrain.models.gemm import Precision, has_onednn, linear_of
 from posttrain.models.model import LanguageModel
 from posttrain.models.random import random_model
 from posttrain.pack import pack
@@ -22,6 +22,7 @@ from posttrain.samplers import NativeSampler
 from posttrain.samplers.cache import CachedStepper
 from posttrain.samplers.compiled_step import CompiledStepper, can_step
 from posttrain.samplers.draw import draw
+from posttrain.samplers.products import product
 from posttrain.types import Origin, Sample, Sampling, View
 
 torch.set_num_threads(1)
@@ -105,6 +106,18 @@ def test_the_sampler_computes_what_the_trainer_computes_to_the_last_bit(name: st
             tokens = torch.tensor([row[at] for row, at in zip(rows, position.tolist(), strict=True)])
             found = stepper.step(tokens, position, int(position.max()) + 1)
             assert torch.equal(found, torch.stack([own[at] for own, at in zip(trained, position.tolist(), strict=True)]))
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("precision", ["fast", "bf16"])
+def test_a_product_of_one_row_is_that_of_the_row_among_others(precision: Precision) -> None:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        linear, x = torch.nn.Linear(1536, 64, bias=False), torch.randn(50, 1536)
+        made_ready = product(precision, [linear])
+        trained = linear_of(precision)(x, linear.weight, None)
+        for rows in (1, 2, 16, 50):
+            assert torch.equal(made_ready(x[:rows]), trained[:rows])
 
 
 @needs_kernels
