@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import CheckpointError, ConfigError, nearest
-from posttrain.models import compiled
+from posttrain.models import compiled, varlen
 from posttrain.models.attention import attend, probabilities
 from posttrain.models.decoder import Decoder, causal_lm, supports
 from posttrain.models.foreign import ForeignTrunk
@@ -176,15 +176,13 @@ class LanguageModel:
     def _own_trunk(self, decoder: Decoder, layout: Layout, x: Tensor, wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
         cos, sin = decoder.rope(layout.positions)
         found: dict[int, Tensor] = {}
-        narrow = self.precision == "bf16" and x.is_cuda
+        kind = self._attends_in
 
         def block(layer: int, x: Tensor) -> Tensor:
-            q, k, v = decoder.qkv(layer, x, cos, sin)
-            if narrow:  # the kernel for packed rows wants half precision
-                q, k, v = (each.to(torch.bfloat16) for each in (q, k, v))
+            q, k, v = (each.to(kind) for each in decoder.qkv(layer, x, cos, sin))
             window = decoder.window(layer)
             attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self.precision)
-            return decoder.finish(layer, x, attended.to(x.dtype) if narrow else attended)
+            return decoder.finish(layer, x, attended)
 
         for layer in range(decoder.num_layers):
             if layer in wanted:
@@ -253,6 +251,19 @@ class LanguageModel:
         """Do compiled kernels stand between its matrix products?"""
         plain = self.decoder is not None and self.precision != "exact" and self.dtype == torch.float32
         return plain and self.device.type == "cpu" and compiled.suits()
+
+    @property
+    def _attends_in(self) -> torch.dtype:
+        """The dtype of queries, keys and values: the kernel for packed rows, on a GPU, wants half precision."""
+        return torch.bfloat16 if self.precision == "bf16" and self.device.type == "cuda" else self.dtype
+
+    @property
+    def shares(self) -> bool:
+        """Can rows that begin alike stand behind that beginning: on a CPU, and where the kernel for packed rows takes them?"""
+        if self.decoder is None or self.device.type == "cpu":
+            return self.decoder is not None
+        kernel = varlen.kernel_for(self.device, self._attends_in, self.decoder.head_dim)
+        return kernel is not None and varlen.sees_fronts(kernel, self.device, self._attends_in)
 
     def use_quickest(self) -> None:
         """Compute float32 on the back end that a probe finds quickest here: for a model that only writes and is evaluated."""
