@@ -69,12 +69,13 @@ class Decoder:
         self.together: Together | None = None
         self._model: Any = inner.model
         self._head: Any = inner.lm_head
-        self._layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
-        self.silu = getattr(config, "hidden_act", None) in ("silu", "swish")
+        self.layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
+        self.activation: str = config.hidden_act
+        self.silu = self.activation in ("silu", "swish")
         self.offset_norm = type(inner).__name__ == "GemmaForCausalLM"
         self._mistral_window = config.sliding_window if type(inner).__name__ == "MistralForCausalLM" else None
-        attention = self._layers[0].self_attn
-        self.num_layers = len(self._layers)
+        attention = self.layers[0].self_attn
+        self.num_layers = len(self.layers)
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = attention.head_dim
@@ -89,7 +90,7 @@ class Decoder:
 
     def window(self, layer: int) -> int | None:
         """How many tokens a token of this layer sees, itself included; None: all before it."""
-        own: int | None = getattr(self._layers[layer].self_attn, "sliding_window", None)
+        own: int | None = getattr(self.layers[layer].self_attn, "sliding_window", None)
         return own if own is not None else self._mistral_window
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class Decoder:
         Returns:
             `q [n, H, d]`, `k [n, Kv, d]`, `v [n, Kv, d]`.
         """
-        block = self._layers[layer]
+        block = self.layers[layer]
         attention = block.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         normed = self.norm(block.input_layernorm, x, read_by=projections)
@@ -149,7 +150,7 @@ class Decoder:
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: `x [n, D]` that entered it and `attended [n, H * d]` -> `[n, D]` that leaves it."""
-        block = self._layers[layer]
+        block = self.layers[layer]
         mlp, norm, out = block.mlp, block.post_attention_layernorm, block.self_attn.o_proj
         if type(out) is not nn.Linear:
             attended = attended.to(x.dtype)

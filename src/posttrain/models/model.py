@@ -24,6 +24,7 @@ from posttrain.models.attention import attend, probabilities
 from posttrain.models.decoder import Decoder, causal_lm, supports
 from posttrain.models.foreign import ForeignTrunk
 from posttrain.models.gemm import TOGETHER, Precision, linear_of, settle
+from posttrain.models.graphs import Graphs
 from posttrain.models.heads import ScalarHead, reward_head, value_head
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class LanguageModel:
         heads: nn.ModuleDict | None = None,
         precision: Precision = "exact",
         checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         """Wrap a transformers model.
 
@@ -63,6 +65,10 @@ class LanguageModel:
             heads: Extra heads by name.
             precision: How its matrix products are computed; see `gemm`.
             checkpointing: Keep only each layer's input for the backward pass, and recompute the rest.
+            compile: Run the two halves of a layer as graphs of `torch.compile`, in precisions "fast" and "bf16"; see `graphs`.
+
+        Raises:
+            ConfigError: `compile` was asked of a model that it does not do: LoRA, 4 bits, a gate of another kind.
         """
         self.module = module
         self.name = name
@@ -72,11 +78,11 @@ class LanguageModel:
         self.checkpointing = checkpointing
         self.precision: Precision = "exact"
         self.use_precision(precision)
-        if checkpointing and self.decoder is None:
-            warnings.warn(
-                f"checkpointing has no effect on {type(causal_lm(module)).__name__}: its trunk is not our own",
-                stacklevel=2,
-            )
+        self.use_compile(compile)
+        for option, on in (("checkpointing", checkpointing), ("compile", compile)):
+            if on and self.decoder is None:
+                name = type(causal_lm(module)).__name__
+                warnings.warn(f"{option} has no effect on {name}: its trunk is not our own", stacklevel=2)
         self.heads.to(self.device)
         self.dropout(False)
 
@@ -176,13 +182,16 @@ class LanguageModel:
     def _own_trunk(self, decoder: Decoder, layout: Layout, x: Tensor, wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
         cos, sin = decoder.rope(layout.positions)
         found: dict[int, Tensor] = {}
-        kind = self._attends_in
+        kind, graphs = self._attends_in, self._graphs if self.compiles else None
 
         def block(layer: int, x: Tensor) -> Tensor:
-            q, k, v = (each.to(kind) for each in decoder.qkv(layer, x, cos, sin))
+            if graphs is not None:
+                q, k, v = graphs.qkv(layer, x, cos, sin, kind=kind)
+            else:
+                q, k, v = (each.to(kind) for each in decoder.qkv(layer, x, cos, sin))
             window = decoder.window(layer)
             attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self.precision)
-            return decoder.finish(layer, x, attended)
+            return (graphs or decoder).finish(layer, x, attended)
 
         for layer in range(decoder.num_layers):
             if layer in wanted:
@@ -245,6 +254,20 @@ class LanguageModel:
         self.precision = precision
         if self.decoder is not None:
             self.decoder.linear, self.decoder.together = linear, TOGETHER.get(precision)
+
+    def use_compile(self, on: bool) -> None:
+        """Run the layers as graphs of `torch.compile` from now on, or no longer; "exact" and trunks of others have none.
+
+        Raises:
+            ConfigError: This model has layers that the graphs do not compute.
+        """
+        self._graphs = Graphs(self.decoder) if on and self.decoder is not None else None
+        self.compile = self._graphs is not None
+
+    @property
+    def compiles(self) -> bool:
+        """Do graphs of `torch.compile` run its layers?"""
+        return self.compile and self.precision != "exact"
 
     @property
     def compiled(self) -> bool:
@@ -309,8 +332,8 @@ class LanguageModel:
 
 def replace_module(model: LanguageModel, module: nn.Module, heads: nn.ModuleDict) -> LanguageModel:
     """The same way of running, on another module and heads."""
-    precision, checkpointing = model.precision, model.checkpointing
-    return LanguageModel(module, name=model.name, heads=heads, precision=precision, checkpointing=checkpointing)
+    how = {"checkpointing": model.checkpointing, "compile": model.compile}
+    return LanguageModel(module, name=model.name, heads=heads, precision=model.precision, **how)
 
 
 __all__ = ["LanguageModel", "Trunk", "replace_module"]
