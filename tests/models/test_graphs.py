@@ -21,6 +21,7 @@ from posttrain.models.lora import Lora, apply
 from posttrain.models.model import LanguageModel
 from posttrain.models.random import random_model
 from posttrain.run import train
+from posttrain.session import Session
 from posttrain.wiring import build_models
 
 torch.set_num_threads(1)
@@ -186,3 +187,27 @@ def test_inductors_kernels(family: str) -> None:
         exact.load_weights({name: value.detach().double() for name, value in model.weights()})
         for sizes in ROWS:
             assert max(gap(run(model, rows(sizes)), run(exact, rows(sizes)))) < tolerance
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs are made anew, from a batch of another size."""
+    checkpoint = Session.checkpoint
+
+    def killed(session: Session, phases: Any) -> None:
+        checkpoint(session, phases)
+        if session.step == 3:
+            raise KeyboardInterrupt
+
+    found = []
+    for kill in (False, True):
+        settings = small_run(SFT(), small_model, tmp_path / str(kill), precision="bf16", compile=True)
+        if kill:
+            torch._dynamo.reset()
+            monkeypatch.setattr(Session, "checkpoint", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings)
+            monkeypatch.setattr(Session, "checkpoint", checkpoint)
+        torch._dynamo.reset()
+        found.append((train(settings).model / "model.safetensors").read_bytes())
+    assert found[0] == found[1]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from posttrain import forward
 from posttrain.layout import Behind, Layout
-from posttrain.models import varlen
+from posttrain.models import graphs, varlen
 from posttrain.models.attention import attend
+from posttrain.models.model import LanguageModel
 from posttrain.models.random import random_model
 from posttrain.pack import pack
 from posttrain.prefixes import shared_layout
@@ -137,6 +138,31 @@ def test_readings_and_gradients_of_a_model(family: str, options: dict[str, Any],
         found.append([values.detach(), *(p.grad.clone() for p in model.parameters().values() if p.grad is not None)])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(two, one, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_whole_path_of_a_gpu_in_half_precision(
+    compile: bool, use: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys, values and what is attended are bfloat16, prompts are shared, and weights and their gradients are float32."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
+    exact, model, batch = random_model("qwen3", dtype="float64"), random_model("qwen3"), batch_of_groups()
+    exact.load_weights({name: value.detach().double() for name, value in model.weights()})
+    model.use_precision("bf16")
+    model.use_compile(compile)
+    found = []
+    for each in (exact, model):
+        use(None if each is exact else stand_in)
+        if each is model:
+            monkeypatch.setattr(LanguageModel, "_attends_in", torch.bfloat16)
+        values = forward.read({"policy": each}, pack_again(batch), {"policy": View(reads=(logprob,))}).policy.logprob
+        values.sum().backward()
+        grads = [p.grad.flatten().double() for p in each.parameters().values() if p.grad is not None]
+        found.append((values[batch.mask].detach().double(), torch.cat(grads)))
+    for one, two in zip(*found, strict=True):
+        assert 1e-4 < float((one - two).norm() / one.norm()) < 0.06
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters().values())
 
 
 def pack_again(batch: Batch) -> Batch:
