@@ -14,6 +14,7 @@ from posttrain.bench.measure import Seconds, paired
 from posttrain.bench.setting import has_trl
 from posttrain.cli import app
 from posttrain.errors import ConfigError
+from posttrain.models import torch_compile
 from posttrain.models.random import random_model
 
 QUICK = Setting(quick=True, rounds=1)
@@ -45,9 +46,12 @@ def test_every_part_runs(part: str, tmp_path: Path) -> None:
         assert row.peer is not None or not has_trl() or row.unit == "nats"
 
 
-def test_the_rows_of_a_gpu_are_rehearsed_on_the_cpu() -> None:
+def test_the_rows_of_a_gpu_are_rehearsed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compile, "BACKEND", "aot_eager")
     rows = list(gpu.rows(Setting(quick=True, rounds=1, model="tiny")))
-    assert [row.key for row in rows] == ["gpu_sft_135m", "gpu_sft_135m_ragged", "gpu_grpo_135m", "gpu_rollout_135m"]
+    sft = [f"gpu_sft_135m{kind}{how}" for kind in ("", "_ragged") for how in ("", "_compiled")]
+    assert [row.key for row in rows] == [*sft, "gpu_grpo_135m", "gpu_rollout_135m"]
+    assert [row.peer_name for row in rows[1:4:2]] == ["compile=false"] * 2
 
 
 def test_operations_of_a_token() -> None:

@@ -176,12 +176,9 @@ def _laid_out(batch: Batch, *, shares: bool) -> Layout:
 
 
 def _shares(model: LanguageModel, view: View) -> bool:
-    """May rows that begin alike be read with that beginning once?  Not where a view looks at, or changes, whole rows.
-
-    On a GPU the kernel for packed rows takes whole rows.
-    """
+    """May rows that begin alike be read with that beginning once?  Not where a view looks at, or changes, whole rows."""
     whole = view.embeddings is not None or any(quantity.source == "attention" for quantity in view.reads)
-    return model.decoder is not None and model.device.type == "cpu" and not whole
+    return model.shares and not whole
 
 
 def _read_view(

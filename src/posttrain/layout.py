@@ -101,15 +101,6 @@ class Layout:
         """`[B, T, ...] -> [N, ...]`: the real tokens; differentiable."""
         return padded.flatten(0, 1).index_select(0, self.flat)
 
-    def to(self, device: torch.device | str) -> Layout:
-        """The same layout on another device."""
-        if torch.device(device) == self.tokens.device:
-            return self
-        moved = (x.to(device) for x in (self.tokens, self.positions, self.lengths, self.starts, self.row))
-        tokens, positions, lengths, starts, row = moved
-        extra = {name: value.to(device) for name, value in self.extra.items()}
-        return Layout(tokens, positions, lengths, starts, row, self.sizes, self.width, extra)
-
     @classmethod
     def of(
         cls,

@@ -143,7 +143,8 @@ def first_look(
     print(
         f"{type(run.method).__name__} on {size}: {steps:,} step{'' if steps == 1 else 's'}, learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}, at most {tokens} tokens a forward, {torch.get_num_threads()} thread(s), "
-        f"matrix products '{run.precision}'{', compiled kernels' if policy.compiled else ''}{_quicker(run, policy)}",
+        f"matrix products '{run.precision}'{', compiled kernels' if policy.compiled else ''}"
+        f"{', compiled layers' if policy.compiles else ''}{_quicker(run, policy)}",
         file=sys.stderr,
     )
     for samples, pairs, total in rendered:

@@ -69,6 +69,8 @@ class Run:
     """Who writes answers: 'native', 'vllm' (a server is started) or 'vllm:URL' (one that serves OUT/vllm/weights)."""
     precision: Literal["exact", "fast", "bf16"] = "exact"
     """Matrix products: 'exact' as torch does them, 'fast' float32 on the quickest back end, 'bf16' with float32 weights."""
+    compile: bool = False
+    """Compile what stands before and after attention by torch.compile, in precisions 'fast' and 'bf16', without LoRA."""
     token_budget: int = 0
     """Real tokens a forward may hold; 0 derives it from the model's size and the device."""
     max_length: int = 0
@@ -114,6 +116,10 @@ class Run:
         if self.evaluate_every and self.evaluation is None and not imitated:
             name = type(self.method).__name__
             raise ConfigError(f"{name} samples, so validation rows have no loss; give an evaluation (a task has one)")
+        if self.compile and self.precision == "exact":
+            raise ConfigError("compile=true and precision is 'exact', which stays torch's own arithmetic; add precision=bf16")
+        if self.compile and self.lora is not None:
+            raise ConfigError("compile=true and LoRA: the compiled layers know plain linear layers alone; leave one of the two out")
         if self.lora is not None and self.lora.dropout:
             raise ConfigError(f"lora.dropout is {self.lora.dropout}, and runs train without dropout; leave it out")
         object.__setattr__(self, "rewards", tuple(self.rewards))

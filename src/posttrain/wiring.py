@@ -115,6 +115,9 @@ def build_models(run: Run, *, recorded: Any = None) -> tuple[dict[str, LanguageM
             model.heads.requires_grad_(False)
         if not isinstance(model, AdaptersOff) and model.decoder is not None:
             model.use_precision(precision)
+            model.use_compile(run.compile)
+    if run.compile and precision == "exact":
+        warnings.warn("compile has no effect: 'fast' is 'exact' here, which is never compiled; take precision=bf16", stacklevel=2)
     compiled = policy.compiled
     if recorded is not None and recorded.get("compiled", compiled) != compiled:
         here = "at hand" if compiled else "missing"

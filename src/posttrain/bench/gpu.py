@@ -7,7 +7,7 @@ the dense bf16 peak of the accelerator.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,23 +61,56 @@ def forget() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def training(setting: Setting, size: str) -> Iterator[Row]:
-    """SFT on fixed and on ragged rows."""
-    for kind in ("fixed", "ragged"):
-        forget()
-        work = batches(setting, fixed=kind == "fixed")
+@dataclass(frozen=True)
+class Work:
+    """Rows to train on, and what they are called."""
+
+    suffix: str  # of the row's key
+    words: str
+    batches: list[list[list[int]]]
+    length: float  # of the row that a token is in, on average
+
+    @classmethod
+    def of(cls, setting: Setting, *, fixed: bool) -> Work:
+        """Fixed or ragged rows."""
+        work = batches(setting, fixed=fixed)
         lengths = [len(row) for batch in work for row in batch]
-        length = sum(n * n for n in lengths) / sum(lengths)  # of the row that a token is in, on average
-        model = setting.load(size)
-        peer: Side | None = sft.trl(model, work, bf16=True, device=setting.device)
-        what = f"{setting.words(size)}, batch {sft.BATCH}, {kind} rows of {min(lengths)} to {max(lengths)} tokens; bf16 both"
-        suffix = "" if kind == "fixed" else "_ragged"
-        ours = sft.ours(model, work, "bf16")
-        row = paired(
-            f"gpu_sft_{size}{suffix}", what, ours, peer,
-            rounds=setting.rounds, peer_name=sft.PEER, unit="tokens/s", goal=1.5 if kind == "ragged" else None,
-        )  # fmt: skip
-        yield with_use(row, ours, model, length)
+        words = f"batch {sft.BATCH}, {'fixed' if fixed else 'ragged'} rows of {min(lengths)} to {max(lengths)} tokens; bf16 both"
+        return cls("" if fixed else "_ragged", words, work, sum(n * n for n in lengths) / sum(lengths))
+
+
+def against_trl(setting: Setting, size: str, work: Work) -> Row:
+    """SFT here and in TRL."""
+    forget()
+    model = setting.load(size)
+    peer: Side | None = sft.trl(model, work.batches, bf16=True, device=setting.device)
+    ours = sft.ours(model, work.batches, "bf16")
+    row = paired(
+        f"gpu_sft_{size}{work.suffix}", f"{setting.words(size)}, {work.words}", ours, peer,
+        rounds=setting.rounds, peer_name=sft.PEER, unit="tokens/s", goal=1.5 if work.suffix else None,
+    )  # fmt: skip
+    return with_use(row, ours, model, work.length)
+
+
+def against_eager(setting: Setting, size: str, work: Work) -> Row:
+    """SFT here with compiled layers and without: whether `compile=true` pays."""
+    forget()
+    compiled, eager = setting.load(size), setting.load(size)
+    compiled.use_compile(True)
+    ours, peer = (sft.ours(model, work.batches, "bf16") for model in (compiled, eager))
+    row = paired(
+        f"gpu_sft_{size}{work.suffix}_compiled", f"{setting.words(size)}, {work.words}", ours, peer,
+        rounds=setting.rounds, peer_name="compile=false", unit="tokens/s",
+    )  # fmt: skip
+    return with_use(row, ours, compiled, work.length)
+
+
+def training(setting: Setting, size: str) -> Iterator[Row]:
+    """SFT on fixed and on ragged rows; what one row holds on the accelerator is free again before the next."""
+    for fixed in (True, False):
+        work = Work.of(setting, fixed=fixed)
+        yield against_trl(setting, size, work)
+        yield against_eager(setting, size, work)
 
 
 def rows(setting: Setting) -> Iterator[Row]:

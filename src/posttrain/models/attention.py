@@ -1,5 +1,7 @@
 """Causal attention over packed rows: rows of like length go through one batched kernel, without a mask.
 
+Where there is a kernel for packed rows it takes all of them in one call instead: see `varlen`, and `compiled` on a CPU.
+
 Axes: `N` real tokens of all rows, `b` rows of one group, `t` tokens of the longest row of a group, `H` query heads,
 `Kv` key and value heads, `d` width of a head.  Right padding needs no mask under causal attention: a real token never
 looks at what follows.
@@ -7,17 +9,15 @@ looks at what follows.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain.layout import Behind, Layout
+from posttrain.models import varlen
 from posttrain.models.compiled import attends
 from posttrain.models.compiled import attention as compiled_attention
 from posttrain.models.folded import LONGEST, attention
@@ -120,6 +120,14 @@ def segments_of(layout: Layout) -> tuple[Tensor, int]:
     return found
 
 
+def _packed(layout: Layout) -> varlen.Packed:
+    """Where the kernel for packed rows finds queries and keys, kept with the layout."""
+    if "packed" not in layout.plans:
+        layout.plans["packed"] = varlen.packed(segments_of(layout)[0], layout.tokens.device)
+    found: varlen.Packed = layout.plans["packed"]
+    return found
+
+
 def _in_front(behind: Behind, segments: int) -> list[int]:
     """For every segment the one that it stands behind, or -1."""
     return [-1] * behind.first + behind.segment.tolist()[: segments - behind.first]
@@ -172,9 +180,9 @@ def attend(
     Returns:
         `[N, H * d]`.
     """
-    kernel = _varlen(q)
-    if kernel is not None and layout.behind is None:
-        return _attend_varlen(kernel, q, k, v, layout, scale=scale, window=window)
+    kernel = varlen.kernel_for(q.device, q.dtype, q.shape[-1])
+    if kernel is not None and (layout.behind is None or varlen.sees_fronts(kernel, q.device, q.dtype)):
+        return varlen.attention(kernel, q, k, v, _packed(layout), scale=scale, window=window)
     if precision != "exact" and attends(q, k, v):
         segments, longest = segments_of(layout)
         kind = torch.bfloat16 if precision == "bf16" else q.dtype
@@ -299,45 +307,6 @@ def probabilities(q: Tensor, k: Tensor, layout: Layout, *, scale: float, window:
         scores = (queries @ keys.transpose(1, 2) * scale).to(wide)  # [H, t, t]
         out[row, :, :size, :size] = scores.masked_fill(~visible[:size, :size], float("-inf")).softmax(-1)
     return out
-
-
-# --------------------------------------------------------------------------------------------------------------
-# CUDA: one kernel for all rows, where this torch has it.
-
-
-@lru_cache(maxsize=1)
-def _varlen_kernel() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    kernel: Callable[..., Any] = varlen_attn
-    takes = inspect.signature(kernel).parameters
-    return kernel if {"scale", "window_size"} <= takes.keys() else None
-
-
-def _varlen(q: Tensor) -> Callable[..., Any] | None:
-    """The kernel, where it applies: half precision on a GPU with flash attention, heads of 8, 16, ... 256."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
-        return None
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
-        return None
-    return _varlen_kernel()
-
-
-def _attend_varlen(
-    kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, window: int | None
-) -> Tensor:
-    if "varlen" not in layout.plans:
-        layout.plans["varlen"] = layout.starts.to(torch.int32)
-    starts: Tensor = layout.plans["varlen"]  # [B + 1]
-    longest, repeats = layout.longest, q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    left = -1 if window is None else window - 1
-    sides = (left, 0)
-    out: Tensor = kernel(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides)
-    return out.flatten(1)
 
 
 __all__ = ["Group", "Plan", "attend", "groups_of", "plan", "probabilities", "repeat_heads", "window_mask"]

@@ -69,12 +69,13 @@ class Decoder:
         self.together: Together | None = None
         self._model: Any = inner.model
         self._head: Any = inner.lm_head
-        self._layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
-        self.silu = getattr(config, "hidden_act", None) in ("silu", "swish")
+        self.layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
+        self.activation: str = config.hidden_act
+        self.silu = self.activation in ("silu", "swish")
         self.offset_norm = type(inner).__name__ == "GemmaForCausalLM"
         self._mistral_window = config.sliding_window if type(inner).__name__ == "MistralForCausalLM" else None
-        attention = self._layers[0].self_attn
-        self.num_layers = len(self._layers)
+        attention = self.layers[0].self_attn
+        self.num_layers = len(self.layers)
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = attention.head_dim
@@ -90,11 +91,11 @@ class Decoder:
     @property
     def biased_values(self) -> bool:
         """Do values have a bias, so that those of bfloat16 factors are float32?"""
-        return any(getattr(layer.self_attn.v_proj, "bias", None) is not None for layer in self._layers)
+        return any(getattr(layer.self_attn.v_proj, "bias", None) is not None for layer in self.layers)
 
     def window(self, layer: int) -> int | None:
         """How many tokens a token of this layer sees, itself included; None: all before it."""
-        own: int | None = getattr(self._layers[layer].self_attn, "sliding_window", None)
+        own: int | None = getattr(self.layers[layer].self_attn, "sliding_window", None)
         return own if own is not None else self._mistral_window
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class Decoder:
         Returns:
             `q [n, H, d]`, `k [n, Kv, d]`, `v [n, Kv, d]`.
         """
-        block = self._layers[layer]
+        block = self.layers[layer]
         attention = block.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         normed = self.norm(block.input_layernorm, x, read_by=projections)
@@ -152,7 +153,7 @@ class Decoder:
     def split(self, layer: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product `[n, (H + 2 Kv) * d]` -> queries and keys, normed and rotated, and values, in the dtype of `cos`."""
         mixed = mixed.view(len(mixed), -1, self.head_dim)
-        attention = self._layers[layer].self_attn
+        attention = self.layers[layer].self_attn
         if hasattr(attention, "q_norm"):
             q, k, v = mixed.to(cos.dtype).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
             mixed = torch.cat((self.norm(attention.q_norm, q), self.norm(attention.k_norm, k), v), 1)
@@ -161,12 +162,12 @@ class Decoder:
 
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: `x [n, D]` that entered it and `attended [n, H * d]` -> `[n, D]` that leaves it."""
-        block = self._layers[layer]
+        block = self.layers[layer]
         mlp, norm, out = block.mlp, block.post_attention_layernorm, block.self_attn.o_proj
         if type(out) is not nn.Linear:
             attended = attended.to(x.dtype)
         sides = (mlp.gate_proj, mlp.up_proj)
-        if self.compiles(x, norm):
+        if self.by_kernel(x, norm):
             kind = self._read_as(sides, x)
             normed, x = compiled.add_norm(x, self._raw(out, attended), norm.weight, norm.variance_epsilon, kind=kind)
         else:
@@ -180,7 +181,7 @@ class Decoder:
             inner = inner if type(mlp.down_proj) is nn.Linear else inner.to(x.dtype)
         return x + self.apply(mlp.down_proj, inner)
 
-    def compiles(self, x: Tensor, norm: Any) -> bool:
+    def by_kernel(self, x: Tensor, norm: Any) -> bool:
         """Do compiled kernels norm this?  In a quick precision, float32 on a CPU thread, a norm of Llama's kind."""
         wide = x.dtype == norm.weight.dtype == torch.float32
         return wide and self.linear is not exact and not self.offset_norm and compiled.suits(x)
@@ -226,7 +227,7 @@ class Decoder:
         """
         if self.offset_norm:
             return rms_norm_offset(x, module.weight, module.eps)
-        if self.compiles(x, module):
+        if self.by_kernel(x, module):
             kind = self._read_as(read_by, x) if read_by else x.dtype
             flat = x.reshape(-1, x.shape[-1])
             return compiled.rms_norm(flat, module.weight, module.variance_epsilon, kind=kind).view(x.shape)

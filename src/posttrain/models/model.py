@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import CheckpointError, ConfigError, nearest
-from posttrain.models import compiled
+from posttrain.models import compiled, varlen
 from posttrain.models.attention import attend, probabilities
 from posttrain.models.decoder import Decoder, causal_lm, supports
 from posttrain.models.foreign import ForeignTrunk
 from posttrain.models.gemm import TOGETHER, Precision, linear_of, settle
 from posttrain.models.heads import ScalarHead, reward_head, value_head
+from posttrain.models.torch_compile import CompiledLayers
 
 if TYPE_CHECKING:
     from posttrain.layout import Layout
@@ -54,6 +55,7 @@ class LanguageModel:
         heads: nn.ModuleDict | None = None,
         precision: Precision = "exact",
         checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         """Wrap a transformers model.
 
@@ -63,6 +65,10 @@ class LanguageModel:
             heads: Extra heads by name.
             precision: How its matrix products are computed; see `gemm`.
             checkpointing: Keep only each layer's input for the backward pass, and recompute the rest.
+            compile: Run the halves of a layer as graphs of `torch.compile`, in precisions "fast" and "bf16"; see `torch_compile`.
+
+        Raises:
+            ConfigError: `compile` was asked of a model that it does not do: LoRA, 4 bits, a gate of another kind.
         """
         self.module = module
         self.name = name
@@ -72,11 +78,11 @@ class LanguageModel:
         self.checkpointing = checkpointing
         self.precision: Precision = "exact"
         self.use_precision(precision)
-        if checkpointing and self.decoder is None:
-            warnings.warn(
-                f"checkpointing has no effect on {type(causal_lm(module)).__name__}: its trunk is not our own",
-                stacklevel=2,
-            )
+        self.use_compile(compile)
+        for option, on in (("checkpointing", checkpointing), ("compile", compile)):
+            if on and self.decoder is None:
+                name = type(causal_lm(module)).__name__
+                warnings.warn(f"{option} has no effect on {name}: its trunk is not our own", stacklevel=2)
         self.heads.to(self.device)
         self.dropout(False)
 
@@ -176,15 +182,16 @@ class LanguageModel:
     def _own_trunk(self, decoder: Decoder, layout: Layout, x: Tensor, wanted: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
         cos, sin = decoder.rope(layout.positions)
         found: dict[int, Tensor] = {}
-        narrow = self.precision == "bf16" and x.is_cuda
+        kind, layers = self._attends_in, self._compiled_layers if self.compiles else None
 
         def block(layer: int, x: Tensor) -> Tensor:
-            q, k, v = decoder.qkv(layer, x, cos, sin)
-            if narrow:  # the kernel for packed rows wants half precision
-                q, k, v = (each.to(torch.bfloat16) for each in (q, k, v))
+            if layers is not None:
+                q, k, v = layers.qkv(layer, x, cos, sin, kind=kind)
+            else:
+                q, k, v = (each.to(kind) for each in decoder.qkv(layer, x, cos, sin))
             window = decoder.window(layer)
             attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self.precision)
-            return decoder.finish(layer, x, attended.to(x.dtype) if narrow else attended)
+            return (layers or decoder).finish(layer, x, attended)
 
         for layer in range(decoder.num_layers):
             if layer in wanted:
@@ -248,11 +255,38 @@ class LanguageModel:
         if self.decoder is not None:
             self.decoder.linear, self.decoder.together = linear, TOGETHER.get(precision)
 
+    def use_compile(self, on: bool) -> None:
+        """Run the layers as graphs of `torch.compile` from now on, or no longer; "exact" and trunks of others have none.
+
+        Raises:
+            ConfigError: This model has layers that the graphs do not compute.
+        """
+        self._compiled_layers = CompiledLayers(self.decoder) if on and self.decoder is not None else None
+        self.compile = self._compiled_layers is not None
+
+    @property
+    def compiles(self) -> bool:
+        """Do graphs of `torch.compile` run its layers?"""
+        return self.compile and self.precision != "exact"
+
     @property
     def compiled(self) -> bool:
         """Do compiled kernels stand between its matrix products?"""
         plain = self.decoder is not None and self.precision != "exact" and self.dtype == torch.float32
         return plain and self.device.type == "cpu" and compiled.suits()
+
+    @property
+    def _attends_in(self) -> torch.dtype:
+        """The dtype of queries, keys and values: the kernel for packed rows, on a GPU, wants half precision."""
+        return torch.bfloat16 if self.precision == "bf16" and self.device.type == "cuda" else self.dtype
+
+    @property
+    def shares(self) -> bool:
+        """Can rows that begin alike stand behind that beginning: on a CPU, and where the kernel for packed rows takes them?"""
+        if self.decoder is None or self.device.type == "cpu":
+            return self.decoder is not None
+        kernel = varlen.kernel_for(self.device, self._attends_in, self.decoder.head_dim)
+        return kernel is not None and varlen.sees_fronts(kernel, self.device, self._attends_in)
 
     def use_quickest(self) -> None:
         """Compute float32 on the back end that a probe finds quickest here: for a model that only writes and is evaluated."""
@@ -298,8 +332,8 @@ class LanguageModel:
 
 def replace_module(model: LanguageModel, module: nn.Module, heads: nn.ModuleDict) -> LanguageModel:
     """The same way of running, on another module and heads."""
-    precision, checkpointing = model.precision, model.checkpointing
-    return LanguageModel(module, name=model.name, heads=heads, precision=precision, checkpointing=checkpointing)
+    how = {"checkpointing": model.checkpointing, "compile": model.compile}
+    return LanguageModel(module, name=model.name, heads=heads, precision=model.precision, **how)
 
 
 __all__ = ["LanguageModel", "Trunk", "replace_module"]

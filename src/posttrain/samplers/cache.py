@@ -248,6 +248,8 @@ class CachedStepper:
         x = decoder.embed(layout.tokens)  # [N, D]
         for layer in range(decoder.num_layers):
             q, k, v = self._pieces.qkv[layer](x, cos, sin)
+            if self._key_dtype != q.dtype:  # as the trainer: the kernel for packed rows on a GPU wants half precision
+                q, k, v = (each.to(self._key_dtype) for each in (q, k, v))
             window = self._windows[layer]
             attended = attend(q, k, v, layout, scale=decoder.scale, window=window, precision=self._precision)
             for row, (own_k, own_v) in enumerate(zip(torch.split(k, sizes), torch.split(v, sizes), strict=True)):

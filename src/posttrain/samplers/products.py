@@ -158,7 +158,7 @@ class FusedLayer:
         """See `Pieces.finish`."""
         decoder, norm = self._decoder, self._layer.post_attention_layernorm
         out = self.out(attended)
-        if decoder.compiles(x, norm):
+        if decoder.by_kernel(x, norm):
             normed, x = compiled.add_norm(x, out, norm.weight, norm.variance_epsilon, kind=out.dtype)
         else:
             x = out.to(x.dtype).add_(x)
