@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from posttrain.bench import PARTS, Setting, bench, gpu
-from posttrain.bench.measure import Seconds, paired
+from posttrain.bench.measure import Seconds, busy, clocked, paired
 from posttrain.bench.setting import has_trl
 from posttrain.cli import app
 from posttrain.errors import ConfigError
@@ -52,6 +54,26 @@ def test_the_rows_of_a_gpu_are_rehearsed_on_the_cpu(monkeypatch: pytest.MonkeyPa
     sft = [f"gpu_sft_135m{kind}{how}" for kind in ("", "_ragged") for how in ("", "_compiled")]
     assert [row.key for row in rows] == [*sft, "gpu_grpo_135m", "gpu_rollout_135m"]
     assert [row.peer_name for row in rows[1:4:2]] == ["compile=false"] * 2
+
+
+def test_what_an_accelerator_did_is_that_of_the_clocked_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Profile:
+        def __init__(self, activities: Any) -> None:
+            self.told = SimpleNamespace(self_device_time_total=2e6)
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def key_averages(self) -> list[Any]:
+            return [self.told, self.told]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    assert busy(lambda: clocked(lambda: 1.0)) == 4.0
+    monkeypatch.setattr(torch.profiler, "profile", None)
+    assert clocked(lambda: 3.0).amount == 3.0
 
 
 def test_operations_of_a_token() -> None:

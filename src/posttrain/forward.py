@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
 CHUNK_BYTES = 64 << 20
-"""Bytes of logits that may exist at once."""
+"""Bytes of logits that may exist at once on a CPU."""
+GPU_CHUNK_BYTES = 1 << 30
+"""The same on an accelerator: every chunk reads all of the head and adds to all of its gradient, and small ones do little else."""
 
 BESIDE = "_hidden"
 """The reading under which a view keeps its hidden states for another view's `beside`."""
@@ -108,6 +110,11 @@ def _head_reads(
     return [torch.cat(values) for values in zip(*pieces, strict=True)]
 
 
+def chunk_bytes_of(device: torch.device) -> int:
+    """Bytes of logits that may exist at once on a device."""
+    return CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+
+
 def wanted_beside(views: Mapping[str, View]) -> set[str]:
     """Names of the views whose logits another view's reads look at."""
     return {read.beside for view in views.values() for read in view.reads if read.beside}
@@ -126,7 +133,7 @@ def read(
     *,
     given: Readings | None = None,
     keep: Collection[str] = (),
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Readings:
     """Read every view that `given` does not hold already.
 
@@ -136,7 +143,7 @@ def read(
         views: Forwards by name, in order; a later one may look at an earlier one's readings.
         given: Readings made before (views read once), for the same rows.
         keep: Views whose hidden states a later call will need `beside` another view's.
-        chunk_bytes: Bytes of logits that may exist at once.
+        chunk_bytes: Bytes of logits that may exist at once; None: what suits the device.
 
     Returns:
         `given` and the new readings; values are `[B, T, ...]` or `[B, ...]`.
@@ -160,7 +167,8 @@ def read(
             continue
         quiet = view.once or not view.grad
         with torch.no_grad() if quiet else contextlib.nullcontext():
-            values = _read_view(model, source, view, lay, trained, seen, beside, chunk_bytes, keep=name in wanted)
+            size = chunk_bytes or chunk_bytes_of(model.device)
+            values = _read_view(model, source, view, lay, trained, seen, beside, size, keep=name in wanted)
         if name in wanted:
             beside[name] = (model, values[BESIDE][trained.row, trained.position].detach())
             if name not in keep:

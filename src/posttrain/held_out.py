@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain.experience import Desk
-from posttrain.forward import CHUNK_BYTES, read
+from posttrain.forward import read
 from posttrain.pack import micro_batches, pack, units
 from posttrain.reads import logprob
 from posttrain.score import prepare, shard
@@ -55,7 +55,6 @@ def losses(session: Session) -> dict[str, float]:
         ready,
         chosen,
         token_budget=session.token_budget,
-        chunk_bytes=CHUNK_BYTES,
         world=session.world,
         tally=tally,
     )

@@ -22,7 +22,6 @@ from posttrain.distributed.world import ALONE_SECONDS, World
 from posttrain.errors import ConfigError, NumericsError
 from posttrain.experience import Desk
 from posttrain.files import atomic_folder, atomic_write, make_folders, run_lock
-from posttrain.forward import CHUNK_BYTES
 from posttrain.manifest import whole, write_manifest
 from posttrain.method import Part, Sum, steps_alone
 from posttrain.opening import build_steppers, first_look, refuse_changed
@@ -329,7 +328,6 @@ class Session:
             self.steppers[stepper],
             [(ready, shard(chosen, self.world)) for ready, chosen in members],
             token_budget=self.token_budget,
-            chunk_bytes=CHUNK_BYTES,
             world=self.world,
             tally=tally,
         )

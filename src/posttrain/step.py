@@ -98,7 +98,7 @@ def _on_policy_views(views: Mapping[str, View], seen: Readings) -> dict[str, str
     return aliases
 
 
-def _seen(models: Mapping[str, LanguageModel], ready: Ready, batch: Batch, rows: Tensor, chunk_bytes: int) -> Readings:
+def _seen(models: Mapping[str, LanguageModel], ready: Ready, batch: Batch, rows: Tensor, chunk_bytes: int | None) -> Readings:
     """All readings of a micro-batch: those made before, those of this update, and on-policy aliases of them."""
     views = ready.method.views()
     aliases = _on_policy_views(views, ready.seen)
@@ -151,7 +151,7 @@ def accumulate(
     chosen: Sequence[list[int]],
     *,
     token_budget: int,
-    chunk_bytes: int,
+    chunk_bytes: int | None = None,
     world: World,
     tally: Tally,
 ) -> None:
@@ -275,7 +275,7 @@ def update(
     work: Sequence[tuple[Ready, Sequence[list[int]]]],
     *,
     token_budget: int,
-    chunk_bytes: int,
+    chunk_bytes: int | None = None,
     world: World,
     tally: Tally,
 ) -> Outcome:

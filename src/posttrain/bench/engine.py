@@ -14,7 +14,6 @@ from posttrain.step import Ready, Stepper, Tally, update
 from posttrain.types import Sample, State
 
 LR = 1e-5
-CHUNK = 64 << 20
 
 
 class Engine:
@@ -40,7 +39,6 @@ class Engine:
             self.stepper,
             [(ready, units(batch, self.method.unit))],
             token_budget=1 << 20,
-            chunk_bytes=CHUNK,
             world=world,
             tally=tally,
         )
@@ -48,4 +46,4 @@ class Engine:
         return outcome.metrics | tally.means(world)
 
 
-__all__ = ["CHUNK", "LR", "Engine"]
+__all__ = ["LR", "Engine"]

@@ -15,7 +15,7 @@ from posttrain.models.model import LanguageModel
 
 from . import grpo, sft
 from .decoding import continuous, make_prompts, native, side
-from .measure import Row, Side, paired
+from .measure import Row, Side, busy, paired
 from .setting import Setting, ragged
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -43,15 +43,16 @@ def batches(setting: Setting, *, fixed: bool) -> list[list[list[int]]]:
 
 
 def with_use(row: Row, ours: Side, model: LanguageModel, length: float = 0.0) -> Row:
-    """The row with MFU, where tokens of rows of that `length` were counted, and what one round of ours takes of memory."""
+    """The row with MFU, where tokens of rows of that `length` were counted, what a round of ours takes of memory, and its idle share."""
     limit = peak()
     mfu = None if limit is None or not length else row.ours * flop_per_token(model, length) / limit
     if not torch.cuda.is_available():
         return replace(row, mfu=mfu)
     forget()
     before = torch.cuda.memory_allocated()
-    ours()
-    return replace(row, mfu=mfu, peak_mb=(torch.cuda.max_memory_allocated() - before) / 1e6)
+    seconds = ours().wall
+    peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return replace(row, mfu=mfu, peak_mb=peak_mb, idle=max(0.0, 1 - busy(ours) / seconds))
 
 
 def forget() -> None:
@@ -134,7 +135,8 @@ def rows(setting: Setting) -> Iterator[Row]:
         sides = side(native(model, prompts, new)), continuous(model, prompts, new, bf16=True)
         what = f"{setting.words(size)}, batch {len(prompts)}, prompt 16, {new} new tokens; bf16 both"
         name = "transformers generate_batch"
-        yield paired(f"gpu_rollout_{size}", what, *sides, rounds=setting.rounds, peer_name=name, unit="tokens/s", goal=1.2)
+        row = paired(f"gpu_rollout_{size}", what, *sides, rounds=setting.rounds, peer_name=name, unit="tokens/s", goal=1.2)
+        yield with_use(row, sides[0], model)
 
 
 __all__ = ["flop_per_token", "peak", "rows"]

@@ -53,13 +53,36 @@ class Row:
         return asdict(self)
 
 
+_watched: list[float] | None = None
+"""Where a round puts the seconds in which the accelerator computed, while `busy` asks for them."""
+
+
 def clocked(work: Callable[[], float]) -> Seconds:
     """Run `work`, which returns the amount that it did."""
     _wait()
     cpu, wall = time.process_time(), time.perf_counter()
-    amount = work()
+    amount = work() if _watched is None else _profiled(work, _watched)
     _wait()
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall, amount)
+
+
+def _profiled(work: Callable[[], float], seconds: list[float]) -> float:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        amount = work()
+        _wait()
+    seconds.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e6)
+    return amount
+
+
+def busy(side: Side) -> float:
+    """Seconds of a round in which the accelerator computed; the round itself is slower for being watched."""
+    global _watched
+    _watched = []
+    try:
+        side()
+        return sum(_watched)
+    finally:
+        _watched = None
 
 
 def _wait() -> None:
@@ -162,4 +185,4 @@ def header() -> str:
     return f"{'key':<26}{'ratio':>8}  {'[low, high]':<16}{'goal':<11}{'ours | peer':>22}  unit"
 
 
-__all__ = ["Row", "Seconds", "Side", "clocked", "header", "paired", "shown"]
+__all__ = ["Row", "Seconds", "Side", "busy", "clocked", "header", "paired", "shown"]

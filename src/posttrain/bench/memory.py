@@ -16,12 +16,11 @@ import torch
 
 from posttrain import reads
 from posttrain.allocator import keep_freed_memory
-from posttrain.forward import _head_reads
+from posttrain.forward import CHUNK_BYTES, _head_reads
 from posttrain.models.model import LanguageModel
 from posttrain.types import At
 
 from . import sft
-from .engine import CHUNK
 from .measure import Row, Seconds, Side, clocked, paired
 from .setting import Setting, has_trl, one_thread
 
@@ -69,7 +68,7 @@ def head(setting: Setting, chunk_bytes: int) -> tuple[LanguageModel, Callable[[]
 
 
 def _chunk(setting: Setting) -> int:
-    return 1 << 14 if setting.quick else CHUNK
+    return 1 << 14 if setting.quick else CHUNK_BYTES
 
 
 def _measured(name: str, setting: Setting) -> float:
