@@ -43,7 +43,7 @@ def batches(setting: Setting, *, fixed: bool) -> list[list[list[int]]]:
 
 
 def with_use(row: Row, ours: Side, model: LanguageModel, length: float = 0.0) -> Row:
-    """The row with MFU, where tokens of rows of that `length` were counted, what a round of ours takes of memory, and its idle share."""
+    """The row with MFU (where tokens of rows of that `length` were counted), peak memory and idle share of a round of ours."""
     limit = peak()
     mfu = None if limit is None or not length else row.ours * flop_per_token(model, length) / limit
     if not torch.cuda.is_available():
