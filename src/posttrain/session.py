@@ -275,7 +275,8 @@ class Session:
                         world=self.world,
                         values=self.run.verdicts,
                     )
-            self.overlap.settle(phases.get("sample", 0.0))
+        tokens = sum(len(sample) for each in work if each.part.method.rows == "prompts" for sample in each.samples)
+        self.overlap.settle(num_tokens=tokens, sample_seconds=phases.get("sample", 0.0), score_seconds=phases["score"])
         return work
 
     def credit(self, work: list[Work], phases: Phases) -> list[Ready]:
