@@ -38,7 +38,7 @@ SAVES = {"sft": 8, "dpo": 8, "grpo": 6, "ppo": 6}  # how many saves an undisturb
 OPERATIONS_PER_SAVE = 24  # a number past the last operation of a save kills nobody, and the run goes on
 KILLS_PER_RUN = 6  # then it is left to finish
 DEADLINE_SECONDS = 900
-TIME_KEYS = re.compile(r"(^|[/_])(time|seconds|per_second|memory|host|pid|at)($|[/_])")
+TIME_KEYS = re.compile(r"(^|[/_])(time|seconds|per_second|overlap|memory|host|pid|at)($|[/_])")
 
 
 @dataclass

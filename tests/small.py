@@ -147,7 +147,8 @@ def small_run(method: Method, model: Path, out: Path, **changes: Any) -> Run:
 def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """A run's metrics, without what depends on the clock."""
     found = [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in found]
+    clock = ("time/", "tokens_per_second", "overlap/")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in found]
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Desk:
     world: World = field(default_factory=World)
     numbered: int = 0
     """Samples of this step that have their number already."""
+    done: Callable[[Sample], None] | None = None
+    """Told of every answer of a rollout as soon as it is whole."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase (`render`, `sample`)."""
 
@@ -160,7 +162,7 @@ class Desk:
         began = time.perf_counter()
         copies = samples or self.samples_per_prompt
         mine = [p for i, p in enumerate(prompts) if (i // copies) % self.world.size == self.world.rank]
-        answers = self.sampler.sample(mine, sampling=sampling, seed=self.seed, step=self.step)
+        answers = self.sampler.sample(mine, sampling=sampling, seed=self.seed, step=self.step, done=self.done)
         self._spent("sample", began)
         return gather_samples(self.world, answers)
 

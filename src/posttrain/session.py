@@ -23,7 +23,7 @@ from posttrain.errors import ConfigError, NumericsError
 from posttrain.experience import Desk
 from posttrain.files import atomic_folder, atomic_write, make_folders, run_lock
 from posttrain.manifest import whole, write_manifest
-from posttrain.method import Part, Sum, steps_alone
+from posttrain.method import Method, Part, Sum, steps_alone
 from posttrain.opening import build_steppers, first_look, refuse_changed
 from posttrain.pack import pack, shuffled_minibatches, units
 from posttrain.recall import Recall
@@ -35,7 +35,7 @@ from posttrain.resolve import digest
 from posttrain.rewards.runner import RewardRunner
 from posttrain.samplers.native import NativeSampler
 from posttrain.score import prepare, shard
-from posttrain.scoring import score_everywhere
+from posttrain.scoring import Overlap, score_everywhere
 from posttrain.state import load_state, save_state
 from posttrain.step import Outcome, Ready, Stepper, Tally, update
 from posttrain.types import Row, Sample, State
@@ -100,7 +100,7 @@ class Session:
     sampler: NativeSampler | VllmSampler
     steppers: dict[str, Stepper]
     cursors: dict[str, Cursor]
-    rewards: RewardRunner | None
+    overlap: Overlap | None
     journal: Journal
     live: Live
     total_steps: int
@@ -152,7 +152,11 @@ class Session:
                 sampler=build_sampler(run, models["policy"], tokenizer, renderer, world, stack),
                 steppers=build_steppers(run, models, steps),
                 cursors={name: Cursor(rows, run.seed, shuffle=run.shuffle) for name, rows in run.sets().items()},
-                rewards=stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate))
+                overlap=Overlap(
+                    run.rewards,
+                    renderer,
+                    stack.enter_context(RewardRunner(max_failure_rate=run.max_failure_rate)),
+                )
                 if run.rewards
                 else None,
                 journal=stack.enter_context(
@@ -212,8 +216,9 @@ class Session:
             rows=tuple(rows),
         )
 
-    def _desk(self, numbered: int) -> Desk:
+    def _desk(self, numbered: int, method: Method) -> Desk:
         run = self.run
+        scoring = self.overlap if method.rows == "prompts" else None
         return Desk(
             self.renderer,
             self.sampler,
@@ -223,6 +228,7 @@ class Session:
             self.step,
             self.world,
             numbered=numbered,
+            done=scoring.listener() if scoring is not None else None,
         )
 
     def _cursor(self, part: Part) -> Cursor:
@@ -245,7 +251,7 @@ class Session:
                 rows = self._cursor(part).next(self.run.prompts_per_step)
             if not rows:
                 continue
-            desk = self._desk(numbered)
+            desk = self._desk(numbered, part.method)
             samples = part.method.experience(desk, rows, self.state(name, rows))
             numbered += len(samples)
             for phase, seconds in desk.seconds.items():
@@ -255,7 +261,7 @@ class Session:
 
     def score(self, work: list[Work], phases: Phases) -> list[Work]:
         """Samples get verdicts and a reward."""
-        if self.rewards is None:
+        if self.overlap is None:
             return work
         with phases.of("score"):
             for each in work:
@@ -264,10 +270,12 @@ class Session:
                         self.run.rewards,
                         each.samples,
                         self.renderer,
-                        runner=self.rewards,
+                        runner=self.overlap.runner,
                         world=self.world,
                         values=self.run.verdicts,
                     )
+        tokens = sum(len(sample) for each in work if each.part.method.rows == "prompts" for sample in each.samples)
+        self.overlap.settle(num_tokens=tokens, sample_seconds=phases.get("sample", 0.0), score_seconds=phases["score"])
         return work
 
     def credit(self, work: list[Work], phases: Phases) -> list[Ready]:
@@ -368,6 +376,7 @@ class Session:
             metrics |= monitor.sample_metrics(each.samples, name, groups=sampled)
         tokens = sum(len(s) for each in work for s in each.samples)
         metrics["tokens_per_second"] = tokens / max(1e-9, sum(phases.closed().values()))
+        metrics |= self.overlap.metrics if self.overlap is not None else {}
         self.metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         rewards = [s.reward for each in work for s in each.samples if s.reward is not None]
         self.journal.step(self.step, metrics, phases=phases.closed(), rewards=rewards)

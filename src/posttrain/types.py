@@ -432,13 +432,22 @@ class Sampler(Protocol):
 
     policy_version: int
 
-    def sample(self, prompts: Sequence[Sample], *, sampling: Sampling, seed: int, step: int) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[Sample],
+        *,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        done: Callable[[Sample], None] | None = None,
+    ) -> list[Sample]:
         """Continue every prompt once, in order.
 
         A prompt is a sample of which nothing is trained; `prompt.index` is its number in the step, and the draw of a token
         depends on `(seed, step, index, position)` alone.  Prompts with the same tokens share one prefill.  What comes back
         has the prompt's tokens first, then tokens of origin POLICY with `trained` set, `logprobs`, `finish` and
-        `policy_version`.
+        `policy_version`.  `done` is called with each of these samples as soon as it is whole, in whatever order, by the
+        thread that called.
         """
         ...
 

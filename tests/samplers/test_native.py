@@ -318,6 +318,20 @@ def test_progress_counts_every_answer() -> None:
     assert seen == [(done, 8) for done in range(1, 9)]
 
 
+def test_every_answer_is_told_when_it_ends_and_before_the_next_is_written() -> None:
+    """With one slot the answers end one by one: the first is told before the second has a token."""
+    told: list[Sample] = []
+    made = sampler(make("llama"), max_batch=1, max_context=16)
+    asked = [prompt([1, 3], 0), prompt([1, 4], 1), prompt([1] * 16, 2)]  # the last has no room
+    counts: list[int] = []
+    made.progress = lambda done, total: counts.append(len(told))
+    with pytest.warns(UserWarning, match="fill the context"):
+        answers = made.sample(asked, sampling=Sampling(max_tokens=5), seed=0, step=0, done=told.append)
+    assert sorted(told, key=lambda sample: sample.index) == answers
+    assert told[0].index == 2
+    assert counts == [1, 2, 3]
+
+
 def test_no_prompts_give_no_samples() -> None:
     assert sampler(make("llama")).sample([], sampling=Sampling(), seed=0, step=0) == []
 

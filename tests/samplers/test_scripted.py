@@ -24,6 +24,17 @@ def test_answers_go_by_index_whatever_the_order_of_calls() -> None:
     assert answers[0].logprobs == [0.0, 0.0, -1.0, -1.0]
 
 
+def test_every_answer_is_told_before_the_next_is_written() -> None:
+    events: list[object] = []
+
+    def script(sample: Sample, index: int) -> list[int]:
+        events.append(index)
+        return [7, 2]
+
+    answers = ScriptedSampler(script).sample([prompt(0), prompt(1)], sampling=Sampling(), seed=0, step=0, done=events.append)
+    assert events == [0, answers[0], 1, answers[1]]
+
+
 def test_a_function_writes_answers_with_logprobs() -> None:
     def script(sample: Sample, index: int) -> Answer:
         return Answer([sample.tokens[-1], index], [-0.1, -0.2], [-0.05, -0.1], "length")

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,28 @@ def test_answers_have_the_contract_of_a_sampler(served: Served) -> None:
     plain = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # the model's own settings must not fill these in
     assert all(plain.items() <= body.items() for body in served.asked("/v1/completions") if "seed" in body)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_every_answer_is_told_when_it_is_there_whatever_its_place(served: Served) -> None:
+    """The first prompt is answered only after the second was told: nobody waits for the order of the prompts."""
+    told: list[Sample] = []
+    real, second = served.sampler._answer, threading.Event()
+
+    def answer(asked: Sample, *rest: Any) -> Sample:
+        if asked.index == 0:
+            assert second.wait(30)
+        return real(asked, *rest)
+
+    def done(sample: Sample) -> None:
+        told.append(sample)
+        assert threading.current_thread() is threading.main_thread()
+        second.set()
+
+    served.sampler._answer = answer  # type: ignore[method-assign]
+    asked = [prompt(50, 60, index=0), prompt(50, 61, index=1)]
+    answers = served.sampler.sample(asked, sampling=Sampling(max_tokens=2), seed=0, step=0, done=done)
+    assert [sample.index for sample in answers] == [0, 1]
+    assert told == [answers[1], answers[0]]
 
 
 def test_weights_are_sent_once_a_version_and_checked(served: Served) -> None:

@@ -45,6 +45,7 @@ METRICS = (
     Metric("logprob_gap", "Sampler and trainer", "mean difference of their log-probabilities, nats per token"),
     Metric("learning_rate", "Learning rate", "of the first parameter group"),
     Metric("tokens_per_second", "Tokens per second", "sampled and trained, all phases", "rate"),
+    Metric("overlap/judged_ahead", "Judged ahead", "share of judgements that were ready when asked for", "share", chart=False),
     Metric("empty", "Empty answers", "share of answers without a token before the stop token", "share", chart=False),
     Metric("reward_failures", "Reward failures", "share of samples that a reward failed to judge", "share", chart=False),
     Metric("skipped_updates", "Skipped updates", "updates left out because a gradient was not finite", "count", chart=False),

@@ -26,7 +26,7 @@ from posttrain.rewards.reward import Answer, Reward
 from posttrain.rewards.wire import ContractBroken, decode
 from posttrain.types import InfraError, Timeout, Verdict
 
-__all__ = ["Limits", "LoadFailed", "Process"]
+__all__ = ["Limits", "LoadFailed", "Process", "line_of"]
 
 _ALLOWED = ("PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
 _MARK = "POSTTRAIN_REWARD_WORKER"
@@ -91,7 +91,7 @@ class Process:
         """
         try:
             self._start()
-            to_send = memoryview(b"".join(_line(unit) for unit in units))
+            to_send = memoryview(b"".join(line_of(unit) for unit in units))
             for unit in units:
                 reply, to_send = self._exchange(to_send, self.reward.deadline, (1 << 20) + 30000 * len(unit))
                 if isinstance(reply, dict) and isinstance(reply.get("broken"), str):
@@ -130,6 +130,12 @@ class Process:
                         stream.close()
             with contextlib.suppress(OSError):
                 os.close(replies)
+
+    def kill(self) -> None:
+        """Kill the worker for a thread that is not the one that speaks to it: that one finds it dead, and clears up."""
+        with self._lock:
+            if self._popen is not None and self._owner == os.getpid():
+                _kill(self._popen.pid, self._mark)
 
     def _start(self) -> None:
         """Start the worker unless it runs."""
@@ -240,8 +246,8 @@ class Process:
                         return InfraError(reason=f"its process ended{ended}"), to_send
 
 
-def _line(unit: Sequence[Answer]) -> bytes:
-    """One line of request.
+def line_of(unit: Sequence[Answer]) -> bytes:
+    """One line of request: all that a worker sees of these answers.
 
     Raises:
         DataError: A row holds values that are not JSON.

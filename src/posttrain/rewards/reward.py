@@ -125,6 +125,11 @@ class Reward:
         text = "" if note is inspect.Parameter.empty else note if isinstance(note, str) else str(note)
         return reads_list(first.name, text)
 
+    @property
+    def one_by_one(self) -> bool:
+        """Is each answer judged alone, in a worker?  Then it may be judged before others are written."""
+        return self.where == "process" and self.scope == "sample" and not self.takes_list
+
 
 def reads_list(parameter: str, annotation: str) -> bool:
     """Does a first parameter of this name and annotation (its text, or empty) stand for a list of answers?"""

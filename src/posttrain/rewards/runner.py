@@ -7,19 +7,21 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import TracebackType
 
 from posttrain.errors import ConfigError, RewardError
+from posttrain.rewards.ahead import Ahead, First
 from posttrain.rewards.process import Limits, LoadFailed, Process
 from posttrain.rewards.reference import trace
 from posttrain.rewards.reward import Answer, Reward
 from posttrain.rewards.wire import ContractBroken, read, read_all
 from posttrain.types import InfraError, Timeout, Verdict
 
-__all__ = ["Limits", "RewardRunner", "Tally"]
+__all__ = ["Limits", "RewardRunner", "Singles", "Tally"]
 
 _WINDOW = 200  # judgements over which the failure rate is taken
 _HANGS = 3  # calls that may time out in a row, retries included, before anything has succeeded
@@ -34,6 +36,15 @@ class Tally:
     timed_out: int = 0  # of the failed
     retried: int = 0  # judgements that were asked for twice
     seconds: float = 0.0
+
+
+@dataclass
+class Singles:
+    """Judgements by workers that are asked about one answer at a time (`Reward.one_by_one`)."""
+
+    judged: int = 0
+    ahead: int = 0  # of these, ready when `judge` was called
+    seconds: float = 0.0  # of workers, those ahead included
 
 
 @dataclass
@@ -62,6 +73,9 @@ class RewardRunner:
     for once more, in a fresh worker; then that answer is marked, or all of the call where the function takes a list.  A
     list that does not hold one judgement an answer stops the run at once.
 
+    Answers may be handed over while others are still being written (`judge_ahead`): that saves time and changes no verdict,
+    no count and no error, since `judge` takes what came of the first try and does all the rest.
+
     Example:
         >>> from posttrain.rewards.maths import MathsExact
         >>> with RewardRunner() as runner:
@@ -82,9 +96,11 @@ class RewardRunner:
             raise ConfigError(f"found max_failure_rate {max_failure_rate}; write a share in [0, 1]")
         self.workers, self.limits, self.max_failure_rate = workers, limits or Limits(), max_failure_rate
         self._processes: dict[str, list[Process]] = {}
+        self._ahead: dict[str, Ahead] = {}
+        self._singles = Singles()
         self._records: dict[str, _Record] = {}
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _stop_all, self._processes)
+        self._finalizer = weakref.finalize(self, _stop_all, self._processes, self._ahead)
 
     def __enter__(self) -> RewardRunner:
         return self
@@ -94,8 +110,7 @@ class RewardRunner:
 
     def close(self) -> None:
         """Kill every worker and all they started; the runner may be used again."""
-        _stop_all(self._processes)
-        self._processes.clear()
+        _stop_all(self._processes, self._ahead)
 
     @property
     def starts(self) -> int:
@@ -115,6 +130,39 @@ class RewardRunner:
         """The first failure of a reward since this runner was made; empty when there was none."""
         return self._records[name].first if name in self._records else ""
 
+    def judge_ahead(self, reward: Reward, answer: Answer) -> None:
+        """Let a worker judge an answer in the background, so that `judge` finds it done; of no effect unless `reward.one_by_one`.
+
+        A later answer that differs in anything a worker sees is judged anew.  All calls come from one thread.
+        """
+        if not reward.one_by_one:
+            return
+        ahead = self._ahead.get(reward.name)
+        if ahead is None or ahead.over or ahead.reward != reward:
+            if ahead is not None:
+                ahead.end()
+            ahead = self._ahead[reward.name] = Ahead(reward, self._workers_of(reward))
+            ahead.start()
+        ahead.put(answer)
+
+    def settle(self) -> Singles:
+        """Forget what was judged ahead and never asked for; what single judgements there were since the last call."""
+        for ahead in self._ahead.values():
+            ahead.end()
+        self._ahead.clear()
+        found, self._singles = self._singles, Singles()
+        return found
+
+    def _judged_ahead(self, reward: Reward, answers: Sequence[Answer]) -> dict[int, First]:
+        """The first tries that were made, by place in `answers`; afterwards the workers are this thread's."""
+        ahead = self._ahead.get(reward.name)
+        if ahead is None:
+            return {}
+        ahead.end()
+        if ahead.reward != reward:
+            return {}
+        return {index: first for index, answer in enumerate(answers) if (first := ahead.take(answer)) is not None}
+
     def judge(self, reward: Reward, answers: Sequence[Answer]) -> tuple[list[Verdict | None], Tally]:
         """One verdict an answer, in order; None where the reward has nothing to say.
 
@@ -124,10 +172,12 @@ class RewardRunner:
         """
         begun, tally = time.monotonic(), Tally()
         verdicts: dict[int, Verdict | None] = {}
+        known = self._judged_ahead(reward, answers)
+        num_ahead, seconds, asked = len(known), sum(first.seconds for first in known.values()), time.monotonic()
         parts = [part for part in _parts(reward, answers, self.workers) if part]
         inline = reward.where == "inline"
         processes = [None] * len(parts) if inline else self._workers_of(reward)[: len(parts)]
-        jobs = [(reward, answers, part, process, verdicts, tally) for part, process in zip(parts, processes, strict=True)]
+        jobs = [(reward, answers, part, process, known, verdicts, tally) for part, process in zip(parts, processes, strict=True)]
         try:
             if inline or len(jobs) < 2:
                 for job in jobs:
@@ -138,6 +188,10 @@ class RewardRunner:
                 for done in waiting:
                     done.result()
             tally.seconds = time.monotonic() - begun
+            if reward.one_by_one:
+                self._singles.judged += len(answers)
+                self._singles.ahead += num_ahead
+                self._singles.seconds += seconds + time.monotonic() - asked
             self._stop_if_failing(reward, call=tally)
         except RewardError:
             for process in self._processes.get(reward.name, []):
@@ -163,14 +217,20 @@ class RewardRunner:
         answers: Sequence[Answer],
         part: list[_Try],
         process: Process | None,
+        known: dict[int, First],
         verdicts: dict[int, Verdict | None],
         tally: Tally,
     ) -> None:
-        """Judge the answers of `part` into `verdicts`, each failure once more."""
+        """Judge the answers of `part` into `verdicts`, each failure once more; `known` are first tries that were made ahead."""
         todo, later = deque(part), list[_Try]()
         while todo:
-            units = [[answers[index] for index in this.indexes] for this in todo]
-            for found in _judged(reward, process, units):
+            first = known.pop(todo[0].indexes[0], None)
+            if first is not None:
+                judged: Iterable[list[Verdict | None]] = [first.found]
+            else:
+                open_ones = takewhile(lambda this: this.indexes[0] not in known, todo)
+                judged = _judged(reward, process, [[answers[index] for index in this.indexes] for this in open_ones])
+            for found in judged:
                 this = todo.popleft()
                 self._watch(reward, found)
                 failed = [i for i, verdict in zip(this.indexes, found, strict=True) if isinstance(verdict, InfraError)]
@@ -184,7 +244,8 @@ class RewardRunner:
                     if index not in again:
                         verdicts[index] = verdict
                         self._count(reward, verdict, tally)
-            if later and (not todo or (process is not None and not process.running)):
+            gone = first.gone if first is not None else process is not None and not process.running
+            if later and (not todo or gone):  # a worker that is gone is replaced anyhow
                 if process is not None:
                     process.stop()
                 todo.extendleft(reversed(later))
@@ -284,8 +345,12 @@ def _inline(reward: Reward, units: list[list[Answer]]) -> Iterator[list[Verdict 
             yield [InfraError(reason=trace(error)[-4000:])] * len(unit)
 
 
-def _stop_all(processes: dict[str, list[Process]]) -> None:
-    """Kill all workers."""
+def _stop_all(processes: dict[str, list[Process]], aheads: dict[str, Ahead]) -> None:
+    """Kill all workers, those first that threads of their own speak to."""
+    for ahead in aheads.values():
+        ahead.end(kill=True)
+    aheads.clear()
     for held in processes.values():
         for process in held:
             process.stop()
+    processes.clear()

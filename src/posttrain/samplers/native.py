@@ -94,7 +94,15 @@ class NativeSampler:
                 f"set max_context to what the answers need, at most {EXACT_CONTEXT}"
             )
 
-    def sample(self, prompts: Sequence[Sample], *, sampling: Sampling, seed: int, step: int) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[Sample],
+        *,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        done: Callable[[Sample], None] | None = None,
+    ) -> list[Sample]:
         """Continue every prompt once, in order; see `types.Sampler`.
 
         A prompt that leaves no room in the context comes back as it is, with finish "length", and a warning.
@@ -109,7 +117,7 @@ class NativeSampler:
         if not prompts:
             return []
         with torch.no_grad(), _without_dropout(self.model):
-            return _Call(self, prompts, sampling, seed, step).run()
+            return _Call(self, prompts, sampling, seed, step, done).run()
 
 
 @contextmanager
@@ -147,8 +155,17 @@ class _Call:
     Axes: `S` slots, `B` of them in use (the first B; all S when exact), `m` rows of one admission.
     """
 
-    def __init__(self, sampler: NativeSampler, prompts: Sequence[Sample], sampling: Sampling, seed: int, step: int) -> None:
+    def __init__(
+        self,
+        sampler: NativeSampler,
+        prompts: Sequence[Sample],
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        tell: Callable[[Sample], None] | None,
+    ) -> None:
         self.sampler, self.prompts, self.sampling, self.seed, self.step = sampler, prompts, sampling, seed, step
+        self.tell = tell
         self.device = sampler.model.device
         self.stop_tokens = frozenset(sampler.stop_tokens)
         self.stop_strings = StopStrings(sampler.tokenizer, sampling.stop)
@@ -373,7 +390,7 @@ class _Call:
 
     def _finish(self, row: _Row, finish: str) -> None:
         """A row is done."""
-        self.done[row.number] = extended(
+        self.done[row.number] = answer = extended(
             row.prompt,
             row.tokens,
             logprobs=row.logprobs,
@@ -383,6 +400,8 @@ class _Call:
             policy_version=self.sampler.policy_version,
         )
         self.num_done += 1
+        if self.tell is not None:
+            self.tell(answer)
         if self.sampler.progress is not None:
             self.sampler.progress(self.num_done, len(self.prompts))
 

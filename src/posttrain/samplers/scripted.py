@@ -46,9 +46,22 @@ class ScriptedSampler:
         if not callable(self.script) and not self.script:
             raise ConfigError("the script holds no answer")
 
-    def sample(self, prompts: Sequence[Sample], *, sampling: Sampling, seed: int, step: int) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[Sample],
+        *,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        done: Callable[[Sample], None] | None = None,
+    ) -> list[Sample]:
         """Continue every prompt once, in order; see `types.Sampler`."""
-        return [self._continued(prompt, sampling) for prompt in prompts]
+        answers = []
+        for prompt in prompts:
+            answers.append(self._continued(prompt, sampling))
+            if done is not None:
+                done(answers[-1])
+        return answers
 
     def _continued(self, prompt: Sample, sampling: Sampling) -> Sample:
         script = self.script

@@ -25,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -278,7 +278,15 @@ class VllmSampler:
 
     # ------------------------------------------------------------------------------------------ answers
 
-    def sample(self, prompts: Sequence[Sample], *, sampling: Sampling, seed: int, step: int) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[Sample],
+        *,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        done: Callable[[Sample], None] | None = None,
+    ) -> list[Sample]:
         """Continue every prompt once, in order; see `types.Sampler`.
 
         A prompt that leaves no room in the context comes back as it is, with finish "length".
@@ -295,13 +303,19 @@ class VllmSampler:
         if not prompts:
             return []
         self.refresh(prompts[0].tokens)
-        answers: list[Sample] = []
+        answers: dict[int, Sample] = {}  # by the number of the prompt
         with ThreadPoolExecutor(min(self.concurrent, len(prompts))) as pool:
-            for answer in pool.map(lambda prompt: self._answer(prompt, sampling, seed, step), prompts):
-                answers.append(answer)
-                if self.progress is not None:
-                    self.progress(len(answers), len(prompts))
-        return answers
+            asked = {pool.submit(self._answer, prompt, sampling, seed, step): n for n, prompt in enumerate(prompts)}
+            try:
+                for future in as_completed(asked):
+                    answer = answers[asked[future]] = future.result()
+                    if done is not None:
+                        done(answer)
+                    if self.progress is not None:
+                        self.progress(len(answers), len(prompts))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after a failure the others are not asked for
+        return [answers[number] for number in range(len(prompts))]
 
     def _answer(self, prompt: Sample, sampling: Sampling, seed: int, step: int) -> Sample:
         room = room_behind(len(prompt.tokens), max_tokens=sampling.max_tokens, context=self.context)
