@@ -64,7 +64,7 @@ INLINE void found(const int R, const float *queries, const float *keys, const vo
 
 /* One token a row: queries, keys and values of `mixed` [rows, heads + 2 kv, d] are normed (where there are weights) and
  * rotated, keys [rows * kv, d, C] and values [rows * kv, C, d] get the token at its position, and every query looks at the
- * tokens before it (the last `window` of them, or all at 0).  out: [rows, heads * d]; scratch: [QUERIES * C]. */
+ * tokens before it (the last `window` of them, or all at 0).  out: [rows, heads * d]; scratch: [4 * C]. */
 void attend(const void *mixed, int mixed_narrow, const float *cosine, const float *sine, const int64_t *positions, float *keys,
             void *values, int values_narrow, void *out, int out_narrow, const float *q_norm, const float *k_norm, float eps,
             int64_t rows, int64_t kv, int64_t share, int64_t d, int64_t C, float scale, int64_t window, float *scratch) {
@@ -83,12 +83,11 @@ void attend(const void *mixed, int mixed_narrow, const float *cosine, const floa
             store(values, values_narrow, start + last * d, d, queries);
             for (int64_t h = g * share, R; h < (g + 1) * share; h += R) {
                 int64_t left = (g + 1) * share - h;
-                R = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                R = left >= 4 ? 4 : left >= 2 ? 2 : 1;
                 for (int64_t r = 0; r < R; r++)
                     head_at(mixed, mixed_narrow, row + (h + r) * d, q_norm, eps, c, s, d, queries + r * d);
 #define FOUND(R) found(R, queries, own, values, values_narrow, start, d, C, scale, first, last, scratch, results)
-                if (R == 8) FOUND(8);
-                else if (R == 4) FOUND(4);
+                if (R == 4) FOUND(4);
                 else if (R == 2) FOUND(2);
                 else FOUND(1);
                 store(out, out_narrow, (b * heads + h) * d, R * d, results);

@@ -20,7 +20,7 @@ from posttrain.types import Sampling
 if TYPE_CHECKING:
     from posttrain.models.model import LanguageModel
 
-QUERIES = 8
+QUERIES = 4
 """Query heads that `attend` of decoding.c takes at a time."""
 LARGEST = 128 * 4096
 """Tokens of the largest vocabulary that `draw` of decoding.c holds."""
