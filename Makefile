@@ -23,7 +23,7 @@ demo: $(VENV)/.base  ## base model -> cold start -> GRPO, minutes on two cores (
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m posttrain demo --out runs/demo
 
 test: $(VENV)/.dev lint types  ## linters, the strict type check and the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests examples benchmarks
