@@ -96,7 +96,8 @@ def test_what_rows_have_in_common() -> None:
         row([5, 6], [7], "c"), row([5, 6], [8], "c"),  # too short to pay
         row([1, 2, 3, 4, 5], [6], "d"), row([1, 2, 3, 4, 5, 6], [6], "d"),  # one row ends where the other goes on
     ]  # fmt: skip
-    common, first = common_lengths(pack(rows))
+    batch = pack(rows)
+    common, first = common_lengths(batch.tokens.numpy(), batch.lengths.numpy(), batch.group.numpy())
     assert common.tolist() == [5, 5, 0, 0, 0, 5, 5]
     assert first.tolist() == [0, 0, 2, 3, 3, 5, 5]
 

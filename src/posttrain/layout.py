@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,11 +122,11 @@ class Layout:
         if any(size < 1 for size in sizes) or sum(sizes) != tokens.shape[0]:
             raise DataError(f"rows of lengths {list(sizes)} do not make {tokens.shape[0]} tokens; every row needs at least 1")
         device = tokens.device
-        lengths = torch.tensor(list(sizes), dtype=torch.int64, device=device)
-        starts = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=device)
-        starts[1:] = lengths.cumsum(0)
-        row = torch.repeat_interleave(torch.arange(len(sizes), device=device), lengths)
-        positions = torch.arange(tokens.shape[0], device=device) - starts[:-1][row]
+        counts = np.array(sizes, dtype=np.int64)
+        begins = np.concatenate((np.zeros(1, dtype=np.int64), counts.cumsum()))
+        owner = np.repeat(np.arange(len(sizes)), counts)
+        within = np.arange(len(owner)) - begins[:-1][owner]
+        lengths, starts, row, positions = (torch.from_numpy(x).to(device) for x in (counts, begins, owner, within))
         longest = max(sizes, default=0)
         if width is not None and width < longest:
             raise DataError(f"a row of {longest} tokens does not fit a width of {width}")

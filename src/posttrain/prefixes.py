@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from posttrain.layout import Behind, Layout
 from posttrain.types import Batch
+
+Numbers = npt.NDArray[np.int64]
 
 SHORTEST = 4
 """Tokens that rows must have in common for it to pay."""
@@ -22,24 +25,30 @@ SAVED = 0.1
 """The share of tokens that must be saved for it to pay."""
 
 
-def common_lengths(batch: Batch) -> tuple[Tensor, Tensor]:
+def common_lengths(tokens: Numbers, lengths: Numbers, group: Numbers) -> tuple[Numbers, Numbers]:
     """How many first tokens all rows of a row's group have in common, and where each group begins.
 
     Every row keeps at least its last token to itself.
 
+    Args:
+        tokens: `[B, T]`, right-padded.
+        lengths: `[B]`.
+        group: `[B]`, equal within a group.
+
     Returns:
-        `[B]` int64, 0 where the rows have too few in common; and `[B]` int64, the first row of each row's group.
+        `[B]`, 0 where the rows have too few in common; and `[B]`, the first row of each row's group.
     """
-    groups, rows = int(batch.group.max()) + 1, torch.arange(batch.num_rows, device=batch.group.device)
-    head = torch.full((groups,), batch.num_rows, device=rows.device).scatter_reduce_(0, batch.group, rows, "amin")[batch.group]
-    width = batch.tokens.shape[1]
-    within = torch.arange(width, device=rows.device) < torch.minimum(batch.lengths, batch.lengths[head])[:, None]
-    alike = ((batch.tokens == batch.tokens[head]) & within).long().cumprod(1).sum(1)  # [B]
-    mine = torch.minimum(alike, batch.lengths - 1)
-    least = torch.full((groups,), width, device=rows.device).scatter_reduce_(0, batch.group, mine, "amin")
-    alone = torch.bincount(batch.group, minlength=groups) < 2
-    least[alone | (least < SHORTEST)] = 0
-    return least[batch.group], head
+    rows, width = tokens.shape
+    first = np.full(int(group.max()) + 1, rows)
+    np.minimum.at(first, group, np.arange(rows))
+    head = first[group]
+    within = np.arange(width) < np.minimum(lengths, lengths[head])[:, None]
+    unlike = (tokens != tokens[head]) | ~within
+    alike = np.where(unlike.any(1), unlike.argmax(1), width)
+    least = np.full(len(first), width)
+    np.minimum.at(least, group, np.minimum(alike, lengths - 1))
+    least[(np.bincount(group, minlength=len(first)) < 2) | (least < SHORTEST)] = 0
+    return least[group], head
 
 
 def shared_layout(batch: Batch) -> Layout | None:
@@ -47,21 +56,29 @@ def shared_layout(batch: Batch) -> Layout | None:
 
     Segments are the distinct beginnings, in the order of their groups, then what is left of every row, in order.
     """
-    groups = int(batch.group.max()) + 1
-    if groups >= batch.num_rows:
+    group = batch.group.cpu().numpy()
+    if len(np.unique(group)) >= batch.num_rows:
         return None
-    common, head = common_lengths(batch)
-    heads = ((head == torch.arange(batch.num_rows, device=head.device)) & (common > 0)).nonzero()[:, 0]  # [F] rows
-    saved, total = int(common.sum() - common[heads].sum()), int(batch.lengths.sum())
-    if not saved or saved < SAVED * total:
+    tokens, lengths = batch.tokens.cpu().numpy(), batch.lengths.cpu().numpy()  # a dozen small operations: quicker than in torch
+    common, head = common_lengths(tokens, lengths, group)
+    heads = ((head == np.arange(len(head))) & (common > 0)).nonzero()[0]  # [F] a row of each group with a common beginning
+    saved = common.sum() - common[heads].sum()
+    if not saved or saved < SAVED * lengths.sum():
         return None
-    place = torch.arange(batch.tokens.shape[1], device=common.device)
+    place = np.arange(tokens.shape[1])
     before = place < common[heads][:, None]  # [F, T]
-    own = (place < batch.lengths[:, None]) & (place >= common[:, None])  # [B, T]
-    tokens = torch.cat((batch.tokens[heads][before], batch.tokens[own]))
-    positions = torch.cat((before.nonzero()[:, 1], own.nonzero()[:, 1]))
-    sizes = [*common[heads].tolist(), *(batch.lengths - common).tolist()]
-    number = torch.full((groups,), -1, device=common.device)
-    number[batch.group[heads]] = torch.arange(len(heads), device=common.device)
-    behind = Behind(segment=number[batch.group], length=common, first=len(heads))
-    return replace(Layout.of(tokens, sizes), positions=positions, behind=behind)
+    own = (place < lengths[:, None]) & (place >= common[:, None])  # [B, T]
+    number = np.full(int(group.max()) + 1, -1)
+    number[group[heads]] = np.arange(len(heads))
+    device = batch.tokens.device
+    packed, positions, segment, length = (
+        torch.from_numpy(values).to(device)
+        for values in (
+            np.concatenate((tokens[heads][before], tokens[own])),
+            np.concatenate((before.nonzero()[1], own.nonzero()[1])),
+            number[group],
+            common,
+        )
+    )
+    sizes = [*common[heads].tolist(), *(lengths - common).tolist()]
+    return replace(Layout.of(packed, sizes), positions=positions, behind=Behind(segment, length, first=len(heads)))

@@ -135,10 +135,11 @@ def prepare(
         recall: Where readings of frozen models are remembered, for rows that come again.
 
     Returns:
-        The credited batch, the readings for all its rows, and the state with the groups' statistics. A batch that
+        The credited batch, the readings for all its rows, and the state, for answers with their groups' statistics. A batch that
         trains nothing comes back as it is, without readings; no update is to be made of it.
     """
-    state = replace(state, groups=group_stats(batch))
+    if method.rows == "prompts":  # what is not scored has no statistics
+        state = replace(state, groups=group_stats(batch))
     chosen = units(batch, method.unit)
     if not chosen:
         return batch, Readings(), state

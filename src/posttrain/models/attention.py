@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -99,11 +101,9 @@ def _plan(layout: Layout) -> Plan:
     order = [row for rows in [*sets, *tails] for row in rows]
     if order == sorted(order):
         return Plan(tuple(groups), None)
-    offsets, device = layout.offsets, layout.tokens.device
-    moved = torch.cat([torch.arange(offsets[row], offsets[row + 1]) for row in order]).to(device)  # [N]
-    back = torch.empty_like(moved)
-    back[moved] = torch.arange(moved.shape[0], device=device)
-    return Plan(tuple(groups), back)
+    offsets = layout.offsets
+    moved = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in order])  # [N]
+    return Plan(tuple(groups), _tensor(moved.argsort(), layout))
 
 
 def segments_of(layout: Layout) -> tuple[Tensor, int]:
@@ -133,12 +133,21 @@ def _in_front(behind: Behind, segments: int) -> list[int]:
     return [-1] * behind.first + behind.segment.tolist()[: segments - behind.first]
 
 
-def _places(layout: Layout, rows: list[int], width: int) -> Tensor:
-    """`[b, width]` int64 places in the pack; padding repeats a row's last token."""
-    device = layout.tokens.device
-    lengths = torch.tensor([layout.sizes[row] for row in rows], device=device)[:, None]
-    starts = torch.tensor([layout.offsets[row] for row in rows], device=device)[:, None]
-    return starts + torch.minimum(torch.arange(width, device=device)[None, :], lengths - 1)
+def _tensor(values: npt.NDArray[np.int64], layout: Layout) -> Tensor:
+    """Small index arithmetic is done by numpy, which is quicker at it than torch; the result goes where the tokens are."""
+    return torch.from_numpy(values).to(layout.tokens.device)
+
+
+def _lengths(layout: Layout, rows: list[int]) -> npt.NDArray[np.int64]:
+    """`[b, 1]`."""
+    return np.array([layout.sizes[row] for row in rows])[:, None]
+
+
+def _places(layout: Layout, rows: list[int], width: int) -> npt.NDArray[np.int64]:
+    """`[b, width]` places in the pack; padding repeats a row's last token."""
+    starts = np.array([layout.offsets[row] for row in rows])[:, None]
+    found: npt.NDArray[np.int64] = starts + np.minimum(np.arange(width), _lengths(layout, rows) - 1)
+    return found
 
 
 def _group_of(layout: Layout, rows: list[int]) -> Group:
@@ -149,17 +158,16 @@ def _group_of(layout: Layout, rows: list[int]) -> Group:
     even = all(sizes[row] == width for row in rows)
     if even and rows == list(range(rows[0], rows[0] + len(rows))):
         return Group(len(rows), width, layout.offsets[rows[0]], empty, empty)
-    lengths = torch.tensor([sizes[row] for row in rows], device=device)[:, None]  # [b, 1]
-    real = empty if even else (torch.arange(width, device=device) < lengths).flatten().nonzero()[:, 0]  # [n]
-    return Group(len(rows), width, -1, _places(layout, rows, width).flatten(), real)
+    real = empty if even else _tensor((np.arange(width) < _lengths(layout, rows)).ravel().nonzero()[0], layout)  # [n]
+    return Group(len(rows), width, -1, _tensor(_places(layout, rows, width).ravel(), layout), real)
 
 
 def _tail_of(layout: Layout, rows: list[int], fronts: list[int]) -> Group:
     """A group of rows that stand behind others: their keys are the other's tokens, then their own."""
     plain, sizes = _group_of(layout, rows), layout.sizes
     before = [sizes[front] for front in fronts]
-    columns = torch.cat((_places(layout, fronts, max(before)), _places(layout, rows, plain.width)), 1)  # [b, s]
-    return replace(plain, keys=columns.flatten(), before=tuple(before) if len(set(before)) > 1 else (before[0],))
+    columns = np.concatenate((_places(layout, fronts, max(before)), _places(layout, rows, plain.width)), 1)  # [b, s]
+    return replace(plain, keys=_tensor(columns.ravel(), layout), before=tuple(before) if len(set(before)) > 1 else (before[0],))
 
 
 def attend(

@@ -75,6 +75,7 @@ class LanguageModel:
         self.heads = heads if heads is not None else nn.ModuleDict()
         self.decoder: Decoder | None = Decoder(module) if supports(module) else None
         self.foreign = ForeignTrunk(causal_lm(module))
+        self._embedding: nn.Module = cast("Any", causal_lm(module)).get_input_embeddings()
         self.checkpointing = checkpointing
         self.precision: Precision = "exact"
         self.use_precision(precision)
@@ -92,11 +93,6 @@ class LanguageModel:
     def config(self) -> Any:
         """The transformers configuration."""
         return causal_lm(self.module).config
-
-    @property
-    def _embedding(self) -> nn.Module:
-        inner: Any = causal_lm(self.module)
-        return cast("nn.Module", inner.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
