@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,40 +201,60 @@ def learning_rate(optimizer: Optimizer, update: int, total: int) -> float:
     return peak
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter, by torch's names."""
+
+
 @dataclass
 class Stepper:
-    """AdamW over named parameters; its moments are tensors by name, so that they save and load without pickle."""
+    """AdamW over named parameters; its moments are tensors by name, so that they save and load without pickle.
+
+    The arithmetic is torch's fused kernel; `torch.optim.AdamW` around it costs a small step a twentieth of its time.
+    """
 
     settings: Optimizer
     parameters: Parameters
     total: int
     updates: int = 0
-
-    def __post_init__(self) -> None:
-        s = self.settings
-        same = {p.dtype for p in self.parameters.values()} <= {torch.float32, torch.float64}
-        self.adam = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=s.lr or 0.0,
-            betas=(s.beta1, s.beta2),
-            eps=s.eps,
-            weight_decay=s.weight_decay,
-            fused=same,
-        )
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """`MOMENTS` of each parameter that had a gradient."""
 
     def clip_and_step(self, norm: float) -> float:
         """Clip to the settings' norm, update, clear the gradients.  Returns the learning rate used."""
+        live = {name: parameter for name, parameter in self.parameters.items() if parameter.grad is not None}
         if self.settings.clip and norm > self.settings.clip:
-            scale = self.settings.clip / (norm + 1e-6)
-            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-            torch._foreach_mul_(grads, scale)
+            grads = [parameter.grad for parameter in live.values() if parameter.grad is not None]
+            torch._foreach_mul_(grads, self.settings.clip / (norm + 1e-6))
         rate = learning_rate(self.settings, self.updates, self.total)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
+        alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name, parameter in live.items():
+            alike.setdefault((parameter.device, parameter.dtype), []).append(name)
+        for names in alike.values():
+            self._update(names, rate)
         self.updates += 1
         self.clear()
         return rate
+
+    @torch.no_grad()
+    def _update(self, names: Sequence[str], rate: float) -> None:
+        """One step of some parameters, all on one device and of one dtype."""
+        s, parameters = self.settings, [cast("Tensor", self.parameters[name]) for name in names]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        steps, means, squares = zip(*(self._moments(name) for name in names), strict=True)
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            parameters, grads, means, squares, [], steps,
+            lr=rate, beta1=s.beta1, beta2=s.beta2, weight_decay=s.weight_decay, eps=s.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def _moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        own = self.moments.get(name)
+        if own is None:
+            parameter = self.parameters[name]
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            fresh = (step, torch.zeros_like(parameter), torch.zeros_like(parameter))
+            own = self.moments[name] = dict(zip(MOMENTS, fresh, strict=True))
+        return own["step"], own["exp_avg"], own["exp_avg_sq"]
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -243,22 +263,14 @@ class Stepper:
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by parameter name."""
-        out = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.adam.state.get(parameter, {}).items():
-                out[f"{name}:{key}"] = value
-        return out
+        return {f"{name}:{key}": self.moments[name][key] for name in self.parameters if name in self.moments for key in MOMENTS}
 
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """The inverse of `tensors`."""
         self.updates = updates
         for name, parameter in self.parameters.items():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in tensors]
-            moments = {key: tensors[f"{name}:{key}"].to(parameter.device) for key in keys}
-            if "step" in moments and not self.adam.defaults["fused"]:
-                moments["step"] = moments["step"].cpu()  # where the plain form wants it, whatever the device
-            if moments:
-                self.adam.state[parameter] = moments
+            if f"{name}:{MOMENTS[0]}" in tensors:
+                self.moments[name] = {key: tensors[f"{name}:{key}"].to(parameter.device) for key in MOMENTS}
 
 
 @dataclass

@@ -189,6 +189,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        if str(self.tokens.device) == str(device):
+            return self
         moved = {name: getattr(self, name).to(device) for name in ROW_FIELDS}
         return replace(self, **moved, columns={name: value.to(device) for name, value in self.columns.items()}, memo={})
 

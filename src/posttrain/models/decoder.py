@@ -67,6 +67,7 @@ class Decoder:
         config = inner.config
         self.linear = linear
         self.together: Together | None = None
+        self._table: tuple[Any, Tensor, Tensor] | None = None
         self._model: Any = inner.model
         self._head: Any = inner.lm_head
         self.layers: list[Any] = list(inner.model.layers[: config.num_hidden_layers])
@@ -124,6 +125,15 @@ class Decoder:
         angles = torch.cat((angles, angles), -1)
         return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
+    def rope_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """`rope` of the positions 0 to `length` - 1; the last one is kept, for a sampler asks for the same again and again."""
+        weight = self._model.embed_tokens.weight
+        key = (length, weight.device, weight.dtype)
+        if self._table is None or self._table[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = key, *self.rope(torch.arange(length, device=weight.device))
+        return self._table[1:]
+
     def qkv(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a layer, normed and rotated.
 
@@ -148,7 +158,8 @@ class Decoder:
         v = self.apply(attention.v_proj, normed).view(-1, self.num_kv_heads, self.head_dim)
         if hasattr(attention, "q_norm"):
             q, k = self.norm(attention.q_norm, q), self.norm(attention.k_norm, k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        turned = rotate(torch.cat((q, k), 1), cos, sin)
+        return turned[:, : self.num_heads], turned[:, self.num_heads :], v
 
     def split(self, layer: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product `[n, (H + 2 Kv) * d]` -> queries and keys, normed and rotated, and values, in the dtype of `cos`."""

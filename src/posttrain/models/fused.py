@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+        return torch.rms_norm(x, weight.shape, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 

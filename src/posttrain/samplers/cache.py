@@ -115,10 +115,9 @@ class CachedStepper:
         self._limit = rounded(longest)
         self._kv, self._width = decoder.num_kv_heads, decoder.head_dim
         self._heads = decoder.num_heads // decoder.num_kv_heads
-        probe = decoder.embed(torch.zeros(1, dtype=torch.int64, device=device))
-        self._dtype, self._device = probe.dtype, probe.device
+        self._dtype, self._device = model.dtype, device
         self._key_dtype, self._value_dtype = kept_as(model)
-        self._cos, self._sin = decoder.rope(torch.arange(self._limit, device=self._device))  # [C, d]
+        self._cos, self._sin = decoder.rope_table(self._limit)  # [C, d]
         self._windows = [decoder.window(layer) for layer in range(decoder.num_layers)]
         self._keys: list[Tensor] = []  # [S * Kv, d, C] a layer
         self._values: list[Tensor] = []  # [S * Kv, C, d] a layer
@@ -167,8 +166,8 @@ class CachedStepper:
             _Layer(
                 self._pieces.qkv[layer],
                 self._pieces.finish[layer],
-                _as_integers(self._keys[layer].view(-1)),
-                _as_integers(self._values[layer].view(-1, self._width)),
+                _bits(self._keys[layer].view(-1)),
+                _bits(self._values[layer].view(-1, self._width)),
                 self._keys[layer][:used, :, :columns],
                 self._values[layer][:used, :columns],
                 self._masks[self._windows[layer]][:used, :, :columns],
@@ -196,8 +195,8 @@ class CachedStepper:
         x = decoder.embed(tokens)
         for layer in self._layers:
             q, k, v = layer.qkv(x, cos, sin)
-            layer.flat_keys.scatter_(0, key_at, _as_integers(k.reshape(-1).to(self._key_dtype)))
-            layer.flat_values.index_copy_(0, value_at, _as_integers(v.reshape(-1, self._width).to(self._value_dtype)))
+            layer.flat_keys.scatter_(0, key_at, _bits(k.reshape(-1).to(self._key_dtype)))
+            layer.flat_values.index_copy_(0, value_at, _bits(v.reshape(-1, self._width).to(self._value_dtype)))
             scores = _scores(q.reshape(shape), layer.keys, layer.mask, scale)  # [B * Kv, Q, c]
             attended = torch.bmm(scores.softmax(-1).to(self._value_dtype), layer.values)  # [B * Kv, Q, d]
             x = layer.finish(x, attended.view(flat))
@@ -306,12 +305,9 @@ class RereadingStepper:
         return self._read(Layout.of(self._rows[:count, :longest][real], lengths))
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _as_integers(x: Tensor) -> Tensor:
-    """The same bits as integers: torch scatters these in place, and copies the whole buffer to scatter bfloat16."""
-    return x.view(_INTEGERS[x.element_size()])
+def _bits(x: Tensor) -> Tensor:
+    """The bits of bfloat16 as integers, which torch scatters in place: of bfloat16 itself it copies the whole buffer."""
+    return x.view(torch.int16) if x.element_size() == 2 else x
 
 
 def _scores(q: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:

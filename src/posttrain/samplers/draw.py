@@ -16,6 +16,8 @@ from posttrain.types import Sampling
 
 BLOCK = 128
 """Entries that are summed before the running sum, where a vocabulary is large."""
+LARGEST = 1 - 2.0**-52
+"""Of the uniform numbers: times a total it is below the total."""
 LARGE = 4096
 """Vocabulary from which the running sum goes over blocks: a running sum is serial, a sum is not."""
 
@@ -62,10 +64,11 @@ def invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         `[n]` int64 entries, and `[n]` float64 totals.  Where a total is not finite or 0 the entry means nothing.
     """
     rows, vocabulary = weights.shape
+    uniforms = uniforms.clamp(max=LARGEST)
     if vocabulary < LARGE:
         running = weights.cumsum(-1, dtype=torch.float64)  # [n, V]
         total = running[:, -1]
-        wanted = _below(uniforms * total, total)
+        wanted = uniforms * total
         return torch.searchsorted(running, wanted[:, None], right=True)[:, 0], total
     blocks = -(-vocabulary // BLOCK)
     if blocks * BLOCK != vocabulary:
@@ -75,7 +78,7 @@ def invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     cut = weights.view(rows, blocks, BLOCK)
     running = cut.sum(-1).cumsum(-1, dtype=torch.float64)  # [n, blocks]
     total = running[:, -1]
-    wanted = _below(uniforms * total, total)
+    wanted = uniforms * total
     block = torch.searchsorted(running, wanted[:, None], right=True).clamp_(max=blocks - 1)  # [n, 1]
     before = torch.where(block > 0, running.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = cut.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # [n, BLOCK]
