@@ -57,7 +57,8 @@ INLINE void found(const int R, const float *queries, const float *keys, const vo
     for (int64_t j = from; j < to; j += COLUMNS) sums(R, columns, 1, R, keys, 0, j, C, d, p + j, C);
     float inverse[QUERIES], most;
     for (int r = 0; r < R; r++) inverse[r] = 1.0f / row_softmax(p + r * C, first, last, from, to, &most);
-    mixture(R, p, values, is_narrow, start, d, from, last + 1, C, out);
+    if (is_narrow) mixture(R, p, values, 1, start, d, from, last + 1, C, out); /* a constant inside */
+    else mixture(R, p, values, 0, start, d, from, last + 1, C, out);
     for (int r = 0; r < R; r++)
         for (int64_t i = 0; i < d; i++) out[r * d + i] *= inverse[r];
 }
